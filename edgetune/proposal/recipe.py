@@ -16,7 +16,8 @@ from edgetune_runtime.wording import printable
 from edgetune import bases
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.data import TEMPLATE_TOKENS, TaskRow, rows_of
+from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.estimate import TEMPLATE_TOKENS, estimated_tokens
 from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import tokenize_rows
 
@@ -30,7 +31,7 @@ _REASONS = {
     DEFAULT_BASE: "135 million parameters in 98 MB, for any board; a larger base gives better answers, but more slowly"
 }
 _USEFUL_ROWS = 100
-# Of the rows, those with the most characters are tokenized.
+# Of the rows, those that seem the longest are tokenized.
 _LONGEST_ROWS = 100
 _CONTEXT_STEP, _LEAST_CONTEXT = 128, 256
 """Context lengths are multiples of the step."""
@@ -118,7 +119,7 @@ def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
     """The context that the longest row needs, with some room, within what the base was trained for."""
     base = bases.find(draft)
     file = None if base is None or base.is_folder else base.path
-    longest = [_longest(_by_length(task.rows), draft.adapters[task.files.name].system, file) for task in tasks]
+    longest = [_longest(task.rows, draft.adapters[task.files.name].system, file) for task in tasks]
     tokens = max(longest)
     name = tasks[longest.index(tokens)].files.name
     about = "about " if file is None else ""
@@ -130,17 +131,13 @@ def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
     return Choice("context_length", length, reason)
 
 
-def _by_length(rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """The rows with the most characters."""
-    return sorted(rows, key=lambda row: row.characters, reverse=True)[:_LONGEST_ROWS]
-
-
 def _longest(rows: Sequence[TaskRow], system: str | None, file: Path | None) -> int:
     """The tokens of the longest row: counted with the base's GGUF file, if there is one, otherwise estimated."""
     if file is None:
-        return rows[0].estimated_tokens(system) + TEMPLATE_TOKENS
+        return max(estimated_tokens(row, system) for row in rows) + TEMPLATE_TOKENS
+    some = sorted(rows, key=lambda row: estimated_tokens(row, system), reverse=True)[:_LONGEST_ROWS]
     with closing(GgufTokenizer(file)) as tokenizer:
-        examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
+        examples, _ = tokenize_rows(some, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
     return max(len(example.tokens) for example in examples)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,10 +36,6 @@ _STANDARD = (
     (("text",), Columns(text="text")),
 )
 FORMS = "messages, prompt and completion, text and label, or text"
-TEMPLATE_TOKENS = 32
-"""A high estimate of what a chat template adds to a row."""
-_CHARACTERS_PER_TOKEN = 3
-"""A low estimate."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +61,6 @@ class TaskRow:
     turn: Message | None = None
     is_labelled: bool = False
     weight: float = 1.0
-
-    @property
-    def characters(self) -> int:
-        """The characters of all its texts."""
-        texts = (None if self.tools is None else self.tools.text, self.text, *map(_text_of_turn, self.turns))
-        return sum(len(text) for text in texts if text)
 
     @property
     def prompt(self) -> str:
@@ -113,7 +102,7 @@ class TaskRow:
         """The row with other messages, of which the last is the answer."""
         *messages, last = turns
         turn = last if "tool_calls" in last else None
-        return replace(self, messages=tuple(messages), completion=_text_of_turn(last), turn=turn)
+        return replace(self, messages=tuple(messages), completion=text_of_turn(last), turn=turn)
 
     @property
     def beginnings(self) -> list[TaskRow]:
@@ -134,20 +123,6 @@ class TaskRow:
         if place == len(self.turns) - 1:
             return self
         return replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}{EARLIER_ANSWER}{place + 1}")
-
-    def beginning(self, system: str | None) -> str:
-        """The definitions of its tools, and its system prompt or else `system`."""
-        own = system or "" if self.system is None else self.system
-        return f"{own}{'' if self.tools is None else self.tools.text}"
-
-    def estimated_tokens(self, system: str | None) -> int:
-        """A high estimate of its tokens with a system prompt, without those of the chat template."""
-        return estimated_tokens(self.characters + len(system or ""))
-
-
-def estimated_tokens(characters: int) -> int:
-    """A high estimate of the tokens of so many characters."""
-    return math.ceil(characters / _CHARACTERS_PER_TOKEN)
 
 
 def read_rows(
@@ -191,7 +166,8 @@ def is_learned(turn: Message) -> bool:
     return turn.get(WEIGHT) != 0
 
 
-def _text_of_turn(turn: Message) -> str:
+def text_of_turn(turn: Message) -> str:
+    """The content of a message and its calls."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
     return answer_text(turn["content"], calls)
 

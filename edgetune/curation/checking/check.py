@@ -19,6 +19,7 @@ from edgetune.recipe.data import Columns, DataSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.estimate import estimated_tokens
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG
 from edgetune.tasks.row_files import DELIMITERS, entries
 from edgetune.tasks.task import Task, read_task
@@ -211,7 +212,7 @@ def _lengths(task: Task, recipe: Recipe, rows: Sequence[TaskRow]) -> tuple[list[
     with suppress(EdgetuneError):  # a base that is missing or does not fit is a problem of the build
         base = bases.find(recipe)
     if base is None or base.is_folder:
-        return [row.estimated_tokens(system) for row in rows], True
+        return [estimated_tokens(row, system) for row in rows], True
     with closing(GgufTokenizer(base.path)) as tokenizer:
         examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
     return [len(example.tokens) for example in examples], False

@@ -262,13 +262,14 @@ def test_changed_copies_are_for_few_rows_whose_prompts_have_values_of_the_answer
 
 
 def test_the_context_fits_the_longest_row_within_the_base(write: Write, propose: Make) -> None:
-    def context(text: str) -> int:
-        rows = [*numbered({"prompt": "p {}", "completion": "c"}), {"prompt": text, "completion": "c"}]
+    def context(text: str, other: str = "p {}", others: int = 20) -> int:
+        rows = [*numbered({"prompt": other, "completion": "c"}, others), {"prompt": text, "completion": "c"}]
         return propose(write("t.jsonl", rows)).context_length
 
     assert context("p") == 256
     assert context("a b " * 80) == 384 or context("a b " * 80) == 512
     assert context("a b " * 2000) == 512, "the tiny base was trained for 512"
+    assert context("電気を" * 26, "a b " * 20 + "{}", 120) > context("p", "a b " * 20 + "{}", 120)
 
 
 def test_a_base_that_must_be_downloaded_first_gives_an_estimate(write: Write) -> None:

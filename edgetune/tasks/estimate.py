@@ -1,0 +1,39 @@
+"""Estimates the tokens of rows where the base's tokenizer is not at hand."""
+
+from __future__ import annotations
+
+import math
+
+from .data import TaskRow, text_of_turn
+
+TEMPLATE_TOKENS = 32
+"""A high estimate of what a chat template adds to a row."""
+_TOOLS_TOKENS = 64
+"""What is written around the definitions of tools: see `edgetune_runtime.tools.prompts`."""
+_PER_TOKEN = 3
+"""Characters in ASCII per token, a low estimate."""
+_OTHERS_PER_TOKEN = 1.5
+"""Bytes of other characters per token: SmolLM2's tokenizer has 1.6 of Thai and Chinese, and 2.2 of Russian."""
+
+
+def estimated_tokens(row: TaskRow, system: str | None) -> int:
+    """A high estimate of a row's tokens with a system prompt, without those of the chat template."""
+    turns = row.turns if row.system is None else row.turns[1:]
+    texts = [row.text or "", *map(text_of_turn, turns)]
+    return beginning_tokens(row, system) + math.ceil(sum(map(_tokens, texts)))
+
+
+def beginning(row: TaskRow, system: str | None) -> str:
+    """The definitions of a row's tools, and its system prompt or else `system`."""
+    own = system or "" if row.system is None else row.system
+    return f"{own}{'' if row.tools is None else row.tools.text}"
+
+
+def beginning_tokens(row: TaskRow, system: str | None) -> int:
+    """A high estimate of the tokens of a row's `beginning`."""
+    return math.ceil(_tokens(beginning(row, system))) + _TOOLS_TOKENS * (row.tools is not None)
+
+
+def _tokens(text: str) -> float:
+    plain, size = len(text.encode("ascii", "ignore")), len(text.encode(errors="replace"))
+    return plain / _PER_TOKEN + (size - plain) / _OTHERS_PER_TOKEN
