@@ -82,7 +82,7 @@ def split_doubt(manifest: Manifest, task: Task) -> str | None:
         return None
     if (rows["train"], rows["validation"]) == (len(task.trained_rows), len(task.validation)):
         return None
-    return "the rows changed since the build, so some validation rows may have been trained on"
+    return "the rows or data options changed since the build, so some validation rows may have been trained on"
 
 
 def _training_of(manifest: Manifest, name: str) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def test_the_report_doubts_a_split_of_other_rows_than_the_build_had(
     own, plan = adapter_of(training={"seed": 0}), {"adapters": {"other": {"rows": {"train": 5, "validation": 1}}}}
     change_manifest(copied, lambda raw: raw["recipe"]["adapters"].update({"other": own}))
     change_manifest(copied, lambda raw: raw.update(plan=plan))
-    doubt = "the rows changed since the build, so some validation rows may have been trained on"
+    doubt = "the rows or data options changed since the build, so some validation rows may have been trained on"
     for count, is_doubted in ((6, False), (7, True)):
         recipe = write_recipe(tmp_path, "b", {"other": adapter_of()}, data={"rows.jsonl": lights(count)})
         assert main(["report", str(copied), "--recipe", str(recipe), "--out", str(out)]) == 0

@@ -295,7 +295,7 @@ def test_corrections_that_do_not_fit_are_left_out_and_named(home: Path) -> None:
 
 def test_validation_rows_are_doubted_where_the_rows_are_not_those_of_the_build(home: Path) -> None:
     listening, recipe = Listening(), home.with_name(NAME)
-    doubt = "warning: light: the rows changed since the build, so some validation rows may have been trained on"
+    doubt = "warning: light: the rows or data options changed since the build, so some validation rows"
     for rows in (ROWS, lights(30)):
         write_rows(home.with_name("light.jsonl"), rows)
         with pytest.raises(UsageError, match="fewer than 4"):

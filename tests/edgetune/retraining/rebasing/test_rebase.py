@@ -333,7 +333,7 @@ def test_validation_rows_are_doubted_where_the_rows_are_not_those_of_the_build(
         write_rows(home.with_name("light.jsonl"), rows)
         assert main(["rebase", str(home), "--base", str(tiny_gguf("llama"))]) == 2
         error = capsys.readouterr().err
-        assert ("warning: light: the rows changed since the build" in error) is (rows is not DATA["light.jsonl"])
+        assert ("warning: light: the rows or data options changed" in error) is (rows is not DATA["light.jsonl"])
         assert "warning: tone" not in error
 
 
