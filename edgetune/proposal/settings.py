@@ -44,10 +44,10 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
         choices.append(_held_out(sample.rows, answers_per_row, has_confidence=metric in EITHER_RIGHT_OR_WRONG))
     if sample.rows < _MANY_ROWS and _has_values(rows):
         choices.append(Choice("data.augment", True, _AUGMENT))
-    system = form.system or _common_system(rows)
-    if system is not None:
-        choices.append(Choice("system", system, "the rows have it in common"))
-    elif metric != "perplexity" and not any(row.tools for row in rows):
+    has_own = all(row.system is not None for row in rows)
+    if (system := _system(form, rows)) is not None:
+        choices.append(system)
+    elif not has_own and metric != "perplexity" and not any(row.tools for row in rows):
         prompt = _prompt(task, form.noun, metric)
         choices.append(
             Choice("system", prompt, "what the task is; a short prompt is faster, and the rows teach the rest")
@@ -110,10 +110,16 @@ def _has_values(rows: Sequence[TaskRow]) -> bool:
     return len(changed) >= _SHARE_OF_VALUES * len(rows)
 
 
-def _common_system(rows: Sequence[TaskRow]) -> str | None:
-    """The system message that all rows have; None if they differ or have none."""
-    prompts = {row.system for row in rows}
-    return prompts.pop() if len(prompts) == 1 else None
+def _system(form: RowForm, rows: Sequence[TaskRow]) -> Choice | None:
+    """The system prompt that all rows have, or their most frequent one; None if none repeats, or some have none."""
+    prompts = Counter(row.system for row in rows)
+    if form.system is not None or (len(prompts) == 1 and None not in prompts):
+        return Choice("system", form.system or rows[0].system, "the rows have it in common")
+    prompt, count = prompts.most_common(1)[0]
+    if None in prompts or count == 1:
+        return None
+    reason = f"for calls without one; the rows have {len(prompts)}, of which this is the most frequent"
+    return Choice("system", prompt, f"{reason}: send the right one with each call")
 
 
 def _prompt(task: str, noun: str, metric: str) -> str:

@@ -134,7 +134,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
     if spec.metric != "auto":
         check_answered([*validation, *sure], metric)
-    doubts += (*case_doubts(labels), *_unscored(validation, metric))
+    doubts += (*case_doubts(labels), *_unscored(validation, metric), *_unused_system(spec.system, train))
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
     apart = rows_apart(spec, read)
     task = with_copies(task, recipe, apart, read)
@@ -204,6 +204,13 @@ def _unscored(rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:
     if not odd:
         return ()
     return (f"{len(odd)} of {len(rows)} validation rows, such as {odd[0]}, cannot be scored by {metric}",)
+
+
+def _unused_system(system: str | None, rows: Sequence[TaskRow]) -> tuple[str, ...]:
+    """That the recipe's system prompt is learned with none of the training rows."""
+    if system is None or not {None, system}.isdisjoint(row.system for row in rows):
+        return ()
+    return ("all training rows have other system prompts than the recipe; set `system` to one of them, or remove it",)
 
 
 def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:

@@ -212,6 +212,15 @@ def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(
     assert "not used: mood\n" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
 
 
+def test_of_different_system_prompts_the_most_frequent_one_is_proposed(write: Write, propose: Make) -> None:
+    def proposed(days: int) -> str | None:
+        first = [{"role": "system", "content": f"Today is day {n}."} for n in range(days)]
+        rows = [{"messages": [first[n % days], *talk(n)[1:]]} for n in range(10)]
+        return propose(write("talk.jsonl", rows)).adapters["talk"].system
+
+    assert [proposed(days) for days in (1, 4, 10)] == ["Today is day 0.", "Today is day 0.", None]
+
+
 def test_conversations_with_tools_under_other_names_are_read(write: Write, propose: Make) -> None:
     rows = [{"dialog": [{"role": "user", "content": f"stop {n}"}, CALL], "functions": TOOLS} for n in range(8)]
     recipe = propose(write("calls.jsonl", rows))

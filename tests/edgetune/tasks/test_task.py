@@ -65,3 +65,16 @@ def test_validation_rows_that_are_training_rows_are_doubted_with_each_metric(met
     recipe = make_recipe(tmp_path, "base.gguf", {"command": adapter}, data={"rows.jsonl": rows, "more.jsonl": rows[:4]})
     (doubt,) = read_task("command", recipe).doubts
     assert doubt.startswith("4 of 4 validation rows have the prompt of a training row")
+
+
+def test_a_system_prompt_that_no_training_row_uses_is_doubted(tmp_path: Path) -> None:
+    def doubts(system: str, own: str | None) -> tuple[str, ...]:
+        first = [] if own is None else [{"role": "system", "content": own}]
+        turns = [({"role": "user", "content": f"on {n}"}, {"role": "assistant", "content": "ok"}) for n in range(9)]
+        rows = [{"messages": [*first, *talk]} for talk in turns]
+        recipe = make_recipe(tmp_path, "base.gguf", {"command": adapter_of(system=system)}, data={"rows.jsonl": rows})
+        return read_task("command", recipe).doubts
+
+    assert doubts("Be brief.", None) == doubts("Be brief.", "Be brief.") == ()
+    (doubt,) = doubts("Be brief.", "Be kind.")
+    assert doubt.startswith("all training rows have other system prompts than the recipe; ")
