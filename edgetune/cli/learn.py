@@ -74,7 +74,10 @@ def learn(
     chosen = asking.most_informative(entries, ask, manifest)
     if questions is not None:
         asking.write_questions(chosen, questions)
-        print(f"{questions}: {len(chosen)} answers; write the right one of each as its correction")
+        if as_json:
+            print_json({"questions": str(questions), "answers": len(chosen)})
+        else:
+            print(f"{questions}: {len(chosen)} answers; write the right one of each as its correction")
         return
     if chosen:
         print(asking.HELP, file=sys.stderr)

@@ -48,9 +48,10 @@ def most_informative(entries: Sequence[LoggedAnswer], count: int, manifest: Mani
 
 
 def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str], manifest: Manifest) -> Iterator[LoggedAnswer]:
-    """The answers that the user corrects or confirms, by the line that `read` returns to a question; "" ends it.
+    """The answers that the user corrects or confirms, by the line that `read` returns to a question.
 
-    What cannot be a correction is asked again, with the reason.
+    What cannot be a correction is asked again, with the reason. Raises UsageError if `read` returns "", the end of the
+    input, as someone whose terminal was closed did not ask for a training.
     """
     for number, entry in enumerate(entries, 1):
         sure = "" if entry.confidence is None else f" ({entry.confidence:.0%} sure)"
@@ -69,7 +70,10 @@ def _reply(entry: LoggedAnswer, question: str, read: Callable[[str], str], manif
     while True:
         line = read(question)
         text = line.strip()
-        if not line or text == QUIT:
+        if not line:
+            message = "the input ended before the questions did; the replies so far are in the log"
+            raise UsageError(message, f"end them with {QUIT}, or write them to a file with --questions FILE")
+        if text == QUIT:
             return None
         if text == SKIP:
             return entry

@@ -439,13 +439,19 @@ def test_a_question_that_nobody_completed_undoes_no_confirmation(home: Path) -> 
     assert (entry.correction, entry.is_wrong) == ("reply on", False)
 
 
-def test_no_input_ends_the_questions(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("typed", [None, "", "reply on\n" * 5])
+def test_nothing_is_trained_when_the_input_ends_before_the_questions(
+    typed: str | None, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = logged(home, [{"prompt": "lamp", "confidence": 0.5}])
-    monkeypatch.setattr(sys, "stdin", None)
-    assert main(["learn", str(home), "--log", str(log), "--ask", "1"]) == 2
-    assert "none of the 1 answers in the log is a corrected one" in capsys.readouterr().err
+    log = logged(home, [*corrections(), *({"prompt": f"dim {n}", "confidence": 0.5} for n in range(6))])
+    monkeypatch.setattr(sys, "stdin", None if typed is None else io.StringIO(typed))
+    before = (home / "manifest.json").read_bytes()
+    recipe = str(home.with_name(NAME))
+    assert main(["learn", str(home), "--log", str(log), "--ask", "6", "--recipe", recipe]) == 2
+    assert "the input ended before the questions did; the replies so far are in the log; end" in capsys.readouterr().err
+    assert (home / "manifest.json").read_bytes() == before
+    given = [entry for entry in read_logs(home, [log], QUIET.say) if entry.messages[0]["content"].startswith("dim")]
+    assert sum(entry.correction is not None for entry in given) == (5 if typed else 0)
 
 
 def test_what_is_typed_has_to_be_text_and_to_be_written(home: Path, tmp_path: Path) -> None:
@@ -513,8 +519,12 @@ def test_another_bundle_is_not_replaced(home: Path) -> None:
 def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logged(home, [{"prompt": f"lamp {n}", "confidence": n / 10} for n in range(8)])
     questions = home.with_name("questions.jsonl")
-    assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(questions)]) == 0
+    options = ["--ask", "5", "--questions", str(questions)]
+    assert main(["learn", str(home), "--log", str(log), *options]) == 0
     assert "5 answers" in capsys.readouterr().out
+    questions.unlink()
+    assert main(["learn", str(home), "--log", str(log), *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"questions": str(questions), "answers": 5}
     assert questions.stat().st_mode & 0o777 == 0o600
     assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(log)]) == 2
     assert "is a file that this command reads; write to another file" in capsys.readouterr().err
