@@ -101,15 +101,17 @@ def learned_rows(
 def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     """What is doubtful about the corrections, a line each.
 
-    That is an answer of another form than the old ones, and a prompt that another row answers otherwise, where only
-    case, punctuation or the system prompt differ.
+    That is an answer of another form than the old ones, or with a value that none of them has where they have few, and
+    a prompt that another row answers otherwise, where only case, punctuation or the system prompt differ.
     """
     if rows.left_out:
         yield f"left out {rows.left_out} corrections of prompts for validation or the confidence: correct those rows"
     yield from (f"left out {reason}" for reason in rows.unfit)
     yield from (f"corrected in several ways, of which the last counts: {text!r}" for text in rows.contradicted)
-    known = [SplitRow(TRAIN, row) for row in (*rows.train, *rows.held_out)]
-    known += [SplitRow(VALIDATION, row) for row in rows.validation]
+    old = [row for row in rows.train if not row.where.startswith(LOG)]
+    new = [row for row in (*rows.train, *rows.held_out) if row.where.startswith(LOG)]
+    # As training rows, corrections would loosen the form that they are compared with.
+    known = [SplitRow(TRAIN, row) for row in old] + [SplitRow(VALIDATION, row) for row in (*rows.validation, *new)]
     prompt_of = shared_prompt(rows.validation, rows.train)
     repeated = same_prompts(known, has_one_answer=task.metric in metrics.EITHER_RIGHT_OR_WRONG, prompt_of=prompt_of)
     for finding in (*misfits(task, known), *(each for each in repeated if each.kind == CONFLICT)):

@@ -59,6 +59,16 @@ def test_what_is_doubtful_about_corrections_is_said(tmp_path: Path) -> None:
     assert "log:a5: 2 different answers: 'turn on the lamp in the hall' → " in contradicted
 
 
+def test_corrections_are_compared_with_the_old_rows_alone(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    many = [replace(row, where=f"{row.where}/{n}") for n in range(2) for row in task.train]
+    odd = [("dye the hall", '{"do": "blue", "area": "hall"}'), ("turn it off", '{"do": "off"}')]
+    said = [*doubts(task, learned_rows(replace(task, train=many), corrected(*FINE, *odd)))]
+    assert sorted(text.partition(": '")[0] for text in said) == [
+        f"log:a{n}: has a form or a value that no training row has" for n in (4, 5)
+    ]
+
+
 def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_path: Path) -> None:
     task = task_of(tmp_path)
     apart = [(f"{ORDERS[place]['prompt']}!", '{"do": "on", "area": "den"}') for place in (8, 10)]
