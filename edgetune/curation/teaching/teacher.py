@@ -7,6 +7,7 @@ import time
 import urllib.error
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from edgetune_runtime.errors import EdgetuneError
@@ -94,7 +95,7 @@ class Teacher:
         Raises TeacherError after some tries, RequestsSentError when all requests are sent, and for a refusal
         RefusedRequestError if others may be answered.
         """
-        problem = ""
+        problem, remedy = "", "start it"
         for attempt in range(_TRIES):
             if self.sent >= self.most_requests:
                 raise RequestsSentError(f"{self.sent} requests are sent", "allow more with --requests")
@@ -104,6 +105,8 @@ class Teacher:
                 return self._sent(body)
             except urllib.error.HTTPError as error:
                 problem = reason_of(error)
+                if error.code == HTTPStatus.TOO_MANY_REQUESTS:
+                    remedy = f"lower --per-minute (now {self.per_minute:g}), or wait until it answers again"
                 if (refused := refused_key(body, error, problem)) is not None:
                     self._refused.add(refused)
                     body = without(body, {refused})
@@ -124,7 +127,7 @@ class Teacher:
             self._free_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
             self.say(f"the teacher does not answer: {shortened(problem)} (try {attempt + 1} of {_TRIES})")
         message = f"the teacher at {self.url} does not answer after {_TRIES} tries: {shortened(problem)}"
-        raise TeacherError(message, "start it, and run the same command again to go on")
+        raise TeacherError(message, f"{remedy}, and run the same command again to go on")
 
     def _wait(self) -> None:
         now = time.monotonic()

@@ -195,6 +195,7 @@ def test_a_teacher_that_says_nothing_of_use_is_not_asked_on(
         ([(200, {}, b"<html>")], "answers '<html>'; give the address of OpenAI's chat API"),
         ([(302, {"Location": "http://127.0.0.1:1/"}, b"")], "refuses: HTTP 302"),
         ([(503, {"Retry-After": "0"}, b"")] * 5, "does not answer after 5 tries: HTTP 503"),
+        ([(429, {"Retry-After": "0"}, b"")] * 5, "; lower --per-minute (now 100000), or wait until it answers"),
     ],
 )
 def test_a_teacher_that_fails_is_named(
