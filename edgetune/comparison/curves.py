@@ -28,17 +28,18 @@ class Curve:
 
     @property
     def outlook(self) -> str:
-        """The measured gain of the most rows over the fewest, and an estimate for twice as many, in one sentence."""
-        first, last = self.figures[0], self.figures[-1]
-        measured = f"{self.name}: {self.metric} {first.score:.3f} with {self.rows[0]} rows, {last.score:.3f} with"
-        sentence = f"{measured} {self.rows[-1]}"
+        """The measured scores, and an estimate for twice the most rows if these score best, in one sentence."""
+        last, more = self.figures[-1], _MORE * self.rows[-1]
+        scores = [f"{each.score:.3f} with {rows}" for rows, each in zip(self.rows, self.figures, strict=True)]
+        sentence = f"{self.name}: {self.metric} {', '.join([f'{scores[0]} rows', *scores[1:]])}"
         if self.metric in LOWER_IS_BETTER:
             return sentence
-        error, more = max(first.standard_error, last.standard_error), _MORE * self.rows[-1]
-        gain = last.score - first.score
+        # A curve that is flat at its end goes on like that, however much it rose before.
+        best = max(self.figures[:-1], key=lambda each: each.score)
+        error, gain = max(best.standard_error, last.standard_error), last.score - best.score
         if gain <= error:
-            how = "lower by more than" if gain < -error else "within"
-            shown = f"{how} one standard error ({error:.2g})" if last.score else "no answer is right"
+            how = "more than one standard error ({}) below" if gain < -error else "within one standard error ({}) of"
+            shown = f"{how.format(f'{error:.2g}')} the best before" if last.score else "no answer is right"
             return f"{sentence}, {shown}; the scores do not show that more rows would help"
         return f"{sentence}; {more} rows would give about {max(last.score, self.estimate(more)):.2f}"
 
