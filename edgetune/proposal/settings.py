@@ -10,7 +10,7 @@ from edgetune_runtime.text.json_text import json_or_none
 from edgetune.tasks.augmentation.values import SlottedRow
 from edgetune.tasks.confidence import MIN_ROWS
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, case_doubts, label_doubt, metric_for
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, case_doubts, form_doubt, metric_for
 
 from .choices import Choice
 from .columns import RowForm
@@ -56,7 +56,7 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
         choices += _label_choices(labels, sample)
     else:
         # With the metric in the recipe, a build does not say it.
-        doubt = label_doubt(rows)
+        doubt = form_doubt(rows)
         choices.append(Choice("metric", metric, _METRICS[metric] + (f"; {doubt}" if doubt else "")))
     if not any(row.tools for row in rows) and all(
         _is_json(answer.completion) for row in rows for answer in row.answers

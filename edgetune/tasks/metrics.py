@@ -145,11 +145,25 @@ def without_label(rows: Sequence[TaskRow]) -> list[TaskRow]:
     return [row for row in rows if not row.is_labelled] if is_usual else []
 
 
-def label_doubt(rows: Sequence[TaskRow]) -> str | None:
-    """A sentence about the rows that keep the others from having labels; None without any."""
-    odd = without_label(rows)
-    share = f"{len(odd)} of {len(rows)} rows have no label"
-    return f"{share}, such as {odd[0].where}, so the answers are free text, not labels" if odd else None
+def without_object(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows that keep the others, at least nine of ten, from being scored as JSON objects."""
+    odd, others = list[TaskRow](), list[TaskRow]()
+    for row in rows:
+        is_object = row.tools is not None or isinstance(_parsed(row.completion or ""), dict)
+        (others if is_object else odd).append(row)
+    return odd if 0 < 10 * len(odd) <= len(rows) and metric_for("auto", others, None) == "json" else []
+
+
+def form_doubt(rows: Sequence[TaskRow]) -> str | None:
+    """A sentence about the rows that keep the others from having labels or JSON objects; None without any."""
+    for odd, what, form in (
+        (without_label(rows), "rows have no label", "labels"),
+        (without_object(rows), "answers are not JSON objects", "JSON"),
+    ):
+        if odd:
+            share = f"{len(odd)} of {len(rows)} {what}, such as {odd[0].where}"
+            return f"{share}, so the answers are free text, not {form}"
+    return None
 
 
 def _are_labelled(rows: Sequence[TaskRow]) -> bool:

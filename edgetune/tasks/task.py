@@ -27,8 +27,8 @@ from .metrics import (
     answers_to_score,
     case_doubts,
     check_answered,
+    form_doubt,
     is_scorable,
-    label_doubt,
     labels_in,
     metric_for,
 )
@@ -150,7 +150,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
 
 def _doubts(spec: AdapterSpec, rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:
     """What is odd about the training rows, for which a metric was chosen."""
-    doubt = label_doubt(rows) if spec.metric == "auto" and metric != "label" else None
+    doubt = form_doubt(rows) if spec.metric == "auto" and metric != "label" else None
     return () if doubt is None else (doubt,)
 
 

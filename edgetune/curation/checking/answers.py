@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.building.outputs.infer import infer, rejected
+from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.data import TaskRow, kind_of
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, same_but_for_case, without_label
@@ -104,7 +106,10 @@ def _spec_of(schema: str) -> OutputSpec:
 
 
 def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
-    """Answers that are not JSON among those that are, with unusual fields, or not like those of the training rows."""
+    """Answers that are not JSON among those that are, with unusual fields or values, or with those of no training row.
+
+    One unusual training row loosens the schema that is inferred from all of them.
+    """
     parsed = [json_or_none(item.row.completion or "") for item in rows]
     structured = [isinstance(value, dict | list) for value in parsed]
     if sum(structured) < max(1, _USUAL * len(rows)):
@@ -114,7 +119,8 @@ def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
         for place, fits in enumerate(structured)
         if not fits
     }
-    odd |= {place: note for place, note in _odd_fields(parsed) if place not in odd}
+    for place, note in itertools.chain(_odd_fields(parsed), _lone_texts(parsed), _lacking(parsed)):
+        odd.setdefault(place, note)
     trained = [item.row.completion or "" for place, item in enumerate(rows) if item.split == TRAIN and place not in odd]
     spec = infer(trained)
     for place, item in enumerate(rows):
@@ -134,7 +140,7 @@ def _odd_fields(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
     seen: dict[str, Counter[str]] = {}
     places: dict[tuple[str, str], list[int]] = {}
     for place, value in enumerate(parsed):
-        for path, kind in sorted(set(_fields(value, ""))):
+        for path, kind in sorted({(path, kind_of(inner)) for path, inner in _fields(value, "")}):
             seen.setdefault(path, Counter())[kind] += 1
             places.setdefault((path, kind), []).append(place)
     few, common = max(1, int(_ODD * len(parsed))), _common_names(seen)
@@ -145,6 +151,42 @@ def _odd_fields(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
         for kind, count in kinds.items():
             if kind != usual and count <= few and most >= _USUAL * kinds.total():
                 yield from ((place, f"{path} is {kind}, and {usual} in {most} answers") for place in places[path, kind])
+
+
+def _lone_texts(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
+    """Positions of values with a text of their own in a field whose other texts are few and frequent."""
+    texts: dict[str, Counter[str]] = {}
+    places: dict[tuple[str, str], int] = {}
+    for place, value in enumerate(parsed):
+        for path, text in _fields(value, ""):
+            if isinstance(text, str):
+                texts.setdefault(path, Counter())[text] += 1
+                places[path, text] = place
+    for path, counts in texts.items():
+        lone = [text for text, count in counts.items() if count == 1]
+        usual = Counter({text: count for text, count in counts.items() if count > 1})
+        is_closed = is_complete(usual) and min(usual.values()) >= _FEW_ROWS
+        if is_closed and len(lone) <= max(1, int(_ODD * counts.total())):
+            for text in lone:
+                near = difflib.get_close_matches(text, usual, n=1, cutoff=_MISSPELLED)
+                meant = f"{near[0]!r} is meant?" if near else f"they have one of {len(usual)} texts"
+                yield places[path, text], f"{path} is {text!r} in no other answer; {meant}"
+
+
+def _lacking(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
+    """Positions of objects without a field that nearly all others of their kind have."""
+    field = _kind_field(parsed)
+    kinds: dict[str | None, dict[int, dict[str, object]]] = {}
+    for place, value in enumerate(parsed):
+        if isinstance(value, dict):
+            kind = None if field is None else json.dumps(value.get(field))
+            kinds.setdefault(kind, {})[place] = value
+    for kind, objects in kinds.items():
+        alike = "" if kind is None else f" with {field} {kind}"
+        for name, count in Counter(itertools.chain.from_iterable(objects.values())).items():
+            if (1 - _ODD) * len(objects) <= count < len(objects):
+                note = f"has no {name}, which {count} of {len(objects)} answers{alike} have"
+                yield from ((place, note) for place, value in objects.items() if name not in value)
 
 
 def _common_names(seen: Mapping[str, Counter[str]]) -> dict[str, list[str]]:
@@ -170,13 +212,13 @@ def _meant(path: str, common: Mapping[str, Sequence[str]]) -> str | None:
     return f"{parent}{dot}{near[0]}" if near else None
 
 
-def _fields(value: object, path: str) -> Iterator[tuple[str, str]]:
-    """The path and the type of each field; null says nothing about a type."""
+def _fields(value: object, path: str) -> Iterator[tuple[str, object]]:
+    """The path and the value of each field; null says nothing about a type."""
     if isinstance(value, dict):
         for key, inner in value.items():
             inner_path = f"{path}.{key}" if path else str(key)
             if inner is not None:
-                yield inner_path, kind_of(inner)
+                yield inner_path, inner
             yield from _fields(inner, inner_path)
     elif isinstance(value, list):
         for inner in value:

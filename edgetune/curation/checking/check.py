@@ -20,7 +20,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, rows_of
 from edgetune.tasks.estimate import estimated_tokens
-from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, without_object
 from edgetune.tasks.row_files import DELIMITERS, entries
 from edgetune.tasks.task import Task, read_task
 from edgetune.tasks.tokenization import tokenize_rows
@@ -90,7 +90,9 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
     answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
     kinds = answers.balance(answered, task.metric)
-    has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG
+    has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG or (
+        task.spec.metric == "auto" and bool(without_object([item.row for item in rows]))
+    )
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
         *_rows_as_headers(data, task.train),

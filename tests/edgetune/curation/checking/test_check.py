@@ -222,6 +222,30 @@ def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
     }
 
 
+def test_values_and_fields_that_loosen_the_schema_for_all_are_named(tmp_path: Path) -> None:
+    odd = [
+        {"prompt": "darken the attic", "completion": {"do": "offf", "area": "attic"}},
+        {"prompt": "dim the den", "completion": {"do": "dim", "area": "den"}},
+        {"prompt": "light", "completion": {"do": "on"}},
+        {"prompt": "light a new room", "completion": {"do": "on", "area": "barn"}},
+    ]
+    found = checked(tmp_path, [*ORDERS * 2, *odd], validation=ORDERS[:1], output="auto")
+    assert {f.where[0].rpartition(":")[2]: f.note for f in found.of_kind("misfit")} == {
+        "41": "do is 'offf' in no other answer; 'off' is meant?",
+        "42": "do is 'dim' in no other answer; they have one of 2 texts",
+        "43": 'has no area, which 22 of 23 answers with do "on" have',
+    }
+
+
+def test_answers_are_compared_as_json_but_for_a_few_others(tmp_path: Path) -> None:
+    other = {"prompt": ORDERS[0]["prompt"], "completion": {"do": "off", "area": "den"}}
+    text = {"prompt": "please do it", "completion": "I do not know which lamp you mean"}
+    found = checked(tmp_path, [*ORDERS, other, text], output="auto")
+    assert (places(found, "misfit"), places(found, "conflict")) == ([["train:22"]], [["train:1", "train:21"]])
+    (doubt,) = read_task("home", Recipe.from_file(tmp_path / "recipe.yaml")).doubts
+    assert doubt.startswith("1 of 22 answers are not JSON objects, such as ") and doubt.endswith("free text, not JSON")
+
+
 def test_fields_whose_names_are_data_are_not_taken_for_misspelled(tmp_path: Path) -> None:
     orders = [{"prompt": f"note {n}", "completion": {"prices": {f"lamp{n}": n, "lamp": n}}} for n in range(30)]
     assert "misfit" not in checked(tmp_path, orders, validation=orders[:1]).counts

@@ -62,10 +62,11 @@ def test_what_is_doubtful_about_corrections_is_said(tmp_path: Path) -> None:
 def test_corrections_are_compared_with_the_old_rows_alone(tmp_path: Path) -> None:
     task = task_of(tmp_path)
     many = [replace(row, where=f"{row.where}/{n}") for n in range(2) for row in task.train]
-    odd = [("dye the hall", '{"do": "blue", "area": "hall"}'), ("turn it off", '{"do": "off"}')]
+    odd = [(f"dye the {room}", f'{{"do": "blue", "area": "{room}"}}') for room in ("hall", "den")]
+    odd += [("turn it off", '{"do": "off"}')]
     said = [*doubts(task, learned_rows(replace(task, train=many), corrected(*FINE, *odd)))]
     assert sorted(text.partition(": '")[0] for text in said) == [
-        f"log:a{n}: has a form or a value that no training row has" for n in (4, 5)
+        f"log:a{n}: has a form or a value that no training row has" for n in (4, 5, 6)
     ]
 
 
