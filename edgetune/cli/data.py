@@ -79,7 +79,8 @@ def check(
     from edgetune.common.progress import Progress
     from edgetune.curation.checking.check import check as run
     from edgetune.curation.checking.check import files_read
-    from edgetune.curation.checking.clean import write_clean
+    from edgetune.curation.checking.clean import STAY, write_clean
+    from edgetune.curation.checking.findings import KINDS
     from edgetune.curation.checking.page import page_of
     from edgetune.recipe.model import Recipe
 
@@ -107,7 +108,8 @@ def check(
     for check in checks:
         _print_check(check)
     if out is not None:
-        print(f"{out}: without {sum(left_out.values())} rows")
+        stay = "".join(f"; to be corrected: {KINDS[kind]}" for kind in STAY if kind in checks[0].counts)
+        print(f"{out}: rows left out: {sum(left_out.values())}{stay}")
     if page is not None:
         print(page)
 
@@ -172,9 +174,11 @@ def _print_check(check: TaskCheck) -> None:
     if check.estimate is not None and check.estimate.shortage:
         print(f"  {check.estimate.shortage}")
     for kind, count in check.counts.items():
-        print(f"  {count} {KINDS[kind]}")
+        print(f"  {KINDS[kind]}: {count}")
         for finding in check.of_kind(kind)[:SHOWN]:
             print(f"    {_line(finding)}")
+        if count > SHOWN:
+            print(f"    and {count - SHOWN} more: see --page or --json")
 
 
 def _line(finding: Finding) -> str:

@@ -84,8 +84,8 @@ def rare(kinds: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
     for kind, counts in kinds.items():
         trained = counts.get(TRAIN, 0)
         if trained < _FEW_ROWS:
-            others = ", ".join(f"{count} in {split}" for split, count in counts.items() if split != TRAIN)
-            yield Finding(RARE, (), note=f"{kind}: {trained} training rows{f', {others}' if others else ''}")
+            rows = ", ".join(f"{count} in {split}" for split, count in {TRAIN: trained, **counts}.items())
+            yield Finding(RARE, (), note=f"{kind}: {rows}")
 
 
 def bad_call(row: TaskRow) -> str | None:

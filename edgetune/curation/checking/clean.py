@@ -13,7 +13,10 @@ from edgetune.recipe.data import DataSpec
 from edgetune.tasks.data import EARLIER_ANSWER, WEIGHT
 from edgetune.tasks.row_files import entries
 
-from .findings import REPEAT, SHARED, UNUSABLE, WRONG, TaskCheck
+from .findings import CONFLICT, MISFIT, REPEAT, SHARED, UNUSABLE, WRONG, TaskCheck
+
+STAY = (MISFIT, CONFLICT)
+"""Kinds of problems whose rows stay, as only the user knows what is right."""
 
 
 def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:

@@ -20,7 +20,7 @@ KINDS = {
     MISFIT: "answers of another form than the output or the other answers",
     TOO_LONG: "rows that do not fit in the context, and are left out of the training",
     CONFLICT: "prompts with different answers",
-    WRONG: "answers that are probably wrong: a model that has not seen them prefers another one",
+    WRONG: "answers that are probably wrong (a model that has not seen them prefers another one)",
     SHARED: "prompts that are in several splits, so a score on them says little",
     NEAR_SHARED: "rows of several splits with nearly the same prompt (and the same answer, where one is right)",
     REPEAT: "rows that repeat another one",

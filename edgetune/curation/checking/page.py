@@ -27,6 +27,7 @@ class Bar:
     width: float
     height: float
     label: str
+    is_too_long: bool = False
 
 
 def page_of(name: str, checks: Sequence[TaskCheck]) -> str:
@@ -35,7 +36,7 @@ def page_of(name: str, checks: Sequence[TaskCheck]) -> str:
         name=name,
         checks=checks,
         kinds=KINDS,
-        lengths={check.name: length_bars(check.tokens) for check in checks},
+        lengths={check.name: length_bars(check.tokens, check.context_length) for check in checks},
         curves={check.name: doubt_curve(check) for check in checks},
         width=WIDTH,
         height=HEIGHT,
@@ -43,17 +44,25 @@ def page_of(name: str, checks: Sequence[TaskCheck]) -> str:
     )
 
 
-def length_bars(tokens: Sequence[int]) -> list[Bar]:
-    """A histogram of lengths."""
-    least, most = min(tokens), max(tokens)
-    step = max(1, math.ceil((most - least + 1) / _BARS))
-    counts = [0] * ((most - least) // step + 1)
-    for count in tokens:
-        counts[(count - least) // step] += 1
-    width = WIDTH / len(counts)
+def length_bars(tokens: Sequence[int], context_length: int) -> list[Bar]:
+    """A histogram of lengths; all rows that do not fit in the context are in the last bar."""
+    fitting = [count for count in tokens if count <= context_length]
+    labels, counts = list[str](), list[int]()
+    if fitting:
+        least, most = min(fitting), max(fitting)
+        step = max(1, math.ceil((most - least + 1) / _BARS))
+        labels = [f"{start} tokens or more" for start in range(least, most + 1, step)]
+        counts = [0] * len(labels)
+        for count in fitting:
+            counts[(count - least) // step] += 1
+    has_long = len(fitting) < len(tokens)
+    if has_long:
+        labels.append(f"more than the context of {context_length} tokens")
+        counts.append(len(tokens) - len(fitting))
+    width, last = WIDTH / len(counts), len(counts) - 1
     return [
-        Bar(place * width, width, HEIGHT * count / max(counts), f"{least + place * step} tokens or more: {count} rows")
-        for place, count in enumerate(counts)
+        Bar(place * width, width, HEIGHT * count / max(counts), f"{label}: {count}", has_long and place == last)
+        for place, (label, count) in enumerate(zip(labels, counts, strict=True))
     ]
 
 

@@ -23,6 +23,7 @@ from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
 from edgetune.curation.checking.findings import JudgedRow, LabelEstimate, TaskCheck
 from edgetune.curation.checking.judging import judge
+from edgetune.curation.checking.page import length_bars
 from edgetune.curation.checking.reading import Reader
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
@@ -178,7 +179,7 @@ def test_labels_that_the_recipe_does_not_list_are_named(tmp_path: Path) -> None:
     found = checked(tmp_path, [*rows, {"text": "is it late", "label": "tiem"}], labels=["weather", "time"])
     assert "'tiem' is not one of the labels" in found.of_kind("unusable")[0].note
     assert found.balance == {"time": {"train": 4, "validation": 1}, "weather": {"train": 4, "validation": 1}}
-    assert next(finding.note for finding in found.of_kind("rare")).startswith("time: 4 training rows")
+    assert next(finding.note for finding in found.of_kind("rare")).startswith("time: 4 in train, 1 in validation")
 
 
 def test_a_row_without_a_label_among_labelled_ones_is_named(tmp_path: Path) -> None:
@@ -270,8 +271,8 @@ def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest
     clean, page = tmp_path / "new" / "clean.jsonl", tmp_path / "new" / "page.html"
     assert main(["data", "check", recipe, "--out", str(clean), "--page", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "1 rows that cannot be used\n    rows.jsonl:22; has no 'completion'" in out
-    assert out.endswith(f"{clean}: without 3 rows\n{page}\n")
+    assert "rows that cannot be used: 1\n    rows.jsonl:22; has no 'completion'" in out
+    assert out.endswith(f"{clean}: rows left out: 3\n{page}\n")
     assert [row.completion for row in read_rows(str(clean))] == [
         json.dumps(row["completion"]) for row in (*ORDERS[:2], *ORDERS[3:], last)
     ]
@@ -284,6 +285,25 @@ def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest
     assert not {"script", "b>hello"} & tags
     assert main(["data", "check", recipe, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"]["counts"]["unusable"] == 1
+
+
+def test_the_command_says_what_it_does_not_print_and_what_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"prompt": ORDERS[0]["prompt"], "completion": {"do": "off", "area": "den"}}
+    recipe = str(write_recipe(tmp_path, NO_BASE, data={"rows.jsonl": [*ORDERS, *ORDERS[1:6], other]}))
+    assert main(["data", "check", recipe, "--out", str(tmp_path / "clean.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "  rows that repeat another one: 5\n" in out and "    and 2 more: see --page or --json\n" in out
+    assert out.endswith(": rows left out: 5; to be corrected: prompts with different answers\n")
+
+
+def test_rows_longer_than_the_context_are_one_bar_and_squeeze_no_others() -> None:
+    bars = length_bars([10, 10, 11, 57, 3271], 256)
+    long = "more than the context of 256 tokens: 1"
+    assert [bar.label for bar in bars if bar.height] == ["10 tokens or more: 3", "56 tokens or more: 1", long]
+    assert [bar.is_too_long for bar in bars[-2:]] == [False, True]
+    assert [bar.label for bar in length_bars([300], 256)] == [long]
 
 
 def test_rows_that_repeat_are_in_one_part_of_a_file_and_the_first_is_written(tmp_path: Path) -> None:
