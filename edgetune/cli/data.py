@@ -148,12 +148,17 @@ def _print_copies(task: Task, count: int) -> None:
     from edgetune.common.spread import spread
 
     print(f"{task.name}: {len(task.copies)} rows are added to {len(task.train)}")
-    for source in spread(list({id(copied.source): copied.source for copied in task.copies}.values()), count):
+    copies = [copied for copied in task.copies if not copied.is_negative]
+    for source in spread(list({id(copied.source): copied.source for copied in copies}.values()), count):
         print(printable(f"  {source.where}"))
         print(f"    {_shown(source)}")
-        for copied in task.copies:
+        for copied in copies:
             if copied.source is source:
                 print(f"    {_shown(copied.row)}  ({printable(', '.join(copied.changes))})")
+    if negatives := [copied.row for copied in task.copies if copied.is_negative]:
+        print(f"  negatives: {len(negatives)}")
+        for row in spread(negatives, count):
+            print(f"    {_shown(row)}")
 
 
 def _shown(row: TaskRow) -> str:

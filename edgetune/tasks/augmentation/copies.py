@@ -44,11 +44,16 @@ _QUESTION = re.compile(
 
 @dataclass(frozen=True)
 class ChangedRow:
-    """A row that was made of another one, `source`, and what was changed."""
+    """A row that was made of another one, `source`, and what was changed; a negative is its own source."""
 
     row: TaskRow
     source: TaskRow
     changes: tuple[str, ...]
+
+    @property
+    def is_negative(self) -> bool:
+        """Whether it is not a copy, but a prompt of another task."""
+        return self.source is self.row
 
     def to_json(self) -> dict[str, Any]:
         """Where the source is, its prompt and answer, those of the row, and the changes, as JSON values.

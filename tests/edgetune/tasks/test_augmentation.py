@@ -618,7 +618,8 @@ def test_values_that_contradict_the_schema_are_refused(task: Callable[..., Task]
 
 
 def test_the_preview_shows_rows_with_their_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = {"train": "rows.jsonl", "held_out": 0.2, "augment": {"copies": 2, "noise": 0}}
+    negatives = {"completion": {"do": "none"}, "prompts": ["what is pi", "who is there"]}
+    data = {"train": "rows.jsonl", "held_out": 0.2, "augment": {"copies": 2, "noise": 0, "negatives": negatives}}
     adapters = {"home": {"data": data}, "plain": adapter_of()}
     recipe = str(write_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": ORDERS}))
     assert main(["data", "preview", recipe, "--rows", "2"]) == 0
@@ -626,6 +627,9 @@ def test_the_preview_shows_rows_with_their_copies(tmp_path: Path, capsys: pytest
     assert re.fullmatch(r"home: \d+ rows are added to 16", lines[0])
     assert sum(line.startswith(f"  {tmp_path}") for line in lines) == 2
     assert any(line.endswith(")") and "(area: " in line for line in lines)
+    none = """ → {"do": "none"}"""
+    assert lines[-3] == "  negatives: 2"
+    assert sorted(lines[-2:]) == [f"    'what is pi'{none}", f"    'who is there'{none}"]
     assert main(["data", "preview", recipe, "--json"]) == 0
     (copied_rows,) = json.loads(capsys.readouterr().out).values()
     assert {"source", "prompt", "completion", "changes"} == copied_rows[0].keys()
