@@ -41,7 +41,7 @@ FIELDS = {
     "BundleFigures": ["base", "quantization", "parameters", "base_mb", "adapters_mb", "total_mb"],
     "Change": [
         *("before", "after", "error", "rows", "conversations", "answers", "is_loss"),
-        *("before_ms", "after_ms", "left_out"),
+        *("before_ms", "after_ms", "left_out", "still_wrong"),
     ],
     "Comparison": ["task", "base", "metric", "rows", "source", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],

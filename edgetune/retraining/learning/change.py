@@ -40,7 +40,8 @@ class Change:
     The scores are means over `conversations`, as answers in one of them are not independent.
     Scores are between 0 and 1. If `is_loss`, they are bits per byte of text instead, of which fewer are better, and
     which do not depend on the tokenizer. `before_ms` and `after_ms` are the mean times per row on this machine.
-    `left_out` more rows do not fit in the context of one of the bundles.
+    `left_out` more rows do not fit in the context of one of the bundles, and `still_wrong` has the answers that did not
+    change and get no point.
     """
 
     before: float
@@ -53,6 +54,7 @@ class Change:
     before_ms: float = 0.0
     after_ms: float = 0.0
     left_out: int = 0
+    still_wrong: tuple[ChangedAnswer, ...] = ()
 
     @property
     def difference(self) -> str:
@@ -131,22 +133,25 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
     olds, news = (per_conversation((row.where, _point(row)) for row in side) for side in zip(*pairs, strict=True))
     differences = [new - old for old, new in zip(olds, news, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    answers = tuple(
-        ChangedAnswer(old.prompt, old.reference, old.answer, new.answer, new.score - old.score)
-        for old, new in pairs
-        if old.answer != new.answer
-    )
+    answers = [
+        ChangedAnswer(old.prompt, old.reference, old.answer, new.answer, new.score - old.score) for old, new in pairs
+    ]
     return Change(
         statistics.fmean(olds),
         statistics.fmean(news),
         error,
         len(pairs),
         len(differences),
-        answers,
+        tuple(answer for answer in answers if answer.before != answer.after),
         is_loss=pairs[0][0].bits_per_byte is not None,
         before_ms=before.ms_per_row,
         after_ms=after.ms_per_row,
         left_out=len(before.details) + before.too_long - len(pairs),
+        still_wrong=tuple(
+            answer
+            for answer, (_, new) in zip(answers, pairs, strict=True)
+            if answer.before == answer.after and new.score == 0
+        ),
     )
 
 

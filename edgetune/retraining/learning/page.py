@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgetune.common.templates import template_of
 
-from .change import ChangedAnswer, Changes
+from .change import Change, ChangedAnswer, Changes
 from .learn import Learned
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -44,9 +44,7 @@ def page_of_changes(
     `about` is a sentence per adapter, `figures` a table of both bundles with its titles as the first row; `command` is
     the one whose `--json` lists all answers.
     """
-    groups = {
-        adapter: {kind: _groups(change.answers) for kind, change in sets.items()} for adapter, sets in changes.items()
-    }
+    groups = {adapter: {kind: _groups(change) for kind, change in sets.items()} for adapter, sets in changes.items()}
     return template_of(TEMPLATE).render(
         title=title,
         verdict=verdict,
@@ -60,11 +58,12 @@ def page_of_changes(
     )
 
 
-def _groups(answers: Sequence[ChangedAnswer]) -> list[tuple[str, str, list[ChangedAnswer]]]:
-    """The title, the style and the answers of each kind that there is: better, worse, and equally good ones."""
+def _groups(change: Change) -> list[tuple[str, str, list[ChangedAnswer]]]:
+    """The title, the style and the answers of each kind that there is: better, worse, equal, and still wrong ones."""
     kinds = (
-        ("Better answers", "good", [answer for answer in answers if answer.gain > 0]),
-        ("Worse answers", "bad", [answer for answer in answers if answer.gain < 0]),
-        ("Other answers with the same score", "", [answer for answer in answers if answer.gain == 0]),
+        ("Better answers", "good", [answer for answer in change.answers if answer.gain > 0]),
+        ("Worse answers", "bad", [answer for answer in change.answers if answer.gain < 0]),
+        ("Other answers with the same score", "", [answer for answer in change.answers if answer.gain == 0]),
+        ("The same wrong answer as before", "bad", list(change.still_wrong)),
     )
     return [kind for kind in kinds if kind[2]]

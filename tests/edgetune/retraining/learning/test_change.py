@@ -59,6 +59,12 @@ def test_the_answers_of_a_conversation_count_as_one() -> None:
     assert change.error == pytest.approx(0.125) and not change.is_worse(), "half an answer in one of four"
 
 
+def test_wrong_answers_that_did_not_change_are_kept() -> None:
+    change = change_between(scored_set(0, 0.5, 1), scored_set(0, 0.5, 1))
+    assert [answer.after for answer in change.still_wrong] == ["a0"] and change.answers == ()
+    assert change_between(read_set(1.0), read_set(1.0)).still_wrong == ()
+
+
 def test_more_bits_per_byte_are_worse() -> None:
     change = change_between(read_set(1.0, 1.2), read_set(2.0, 2.2))
     assert change.is_loss and change.is_worse() and change.gain == pytest.approx(-1)
