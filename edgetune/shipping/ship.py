@@ -96,7 +96,8 @@ def ship(
     )
     if existing is not None:
         manifest = existing.with_adapters(manifest)
-    pack(work, out, manifest, _steps(adapters, basis, spec, progress))
+    check = [] if existing is None else [existing.check_unchanged]
+    pack(work, out, manifest, _steps(adapters, basis, spec, progress), *check)
     shutil.rmtree(work, ignore_errors=True)
     return read_manifest(out)
 
@@ -240,19 +241,12 @@ def _steps(
 ) -> list[Complete]:
     """What adds to a bundle what the runtime computes from its files: each step opens what the earlier ones made."""
     return [
-        partial(_check_unchanged, spec=spec),
         partial(with_golden, adapters=adapters, progress=progress),
         partial(with_scopes, adapters=adapters, basis=basis, progress=progress),
         partial(with_confidence, adapters=adapters, progress=progress),
         partial(_without_folds, adapters=adapters),
         partial(_with_states_and_card, spec=spec, progress=progress),
     ]
-
-
-def _check_unchanged(_bundle: Path, manifest: Manifest, *, spec: BundleSpec) -> Manifest:
-    if spec.existing is not None:
-        spec.existing.check_unchanged(manifest)
-    return manifest
 
 
 def _without_folds(bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter]) -> Manifest:

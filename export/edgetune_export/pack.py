@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_of
+from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.bundle.signatures import unlisted
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, require_space, swap_in
@@ -20,16 +21,22 @@ PARTS = ("base", "adapters", "authors")
 Complete = Callable[[Path, Manifest], Manifest]
 """Gets a bundle that can be opened, may add files to it, and returns its manifest."""
 
+Check = Callable[[Manifest], None]
+"""Raises an error if the bundle must not be packed; called before the steps, and when nothing else can change `out`."""
+
 # Space for the manifest, the folders and file system metadata.
 _MARGIN_BYTES = 1 << 20
 
 
-def pack(work: Path, out: Path, manifest: Manifest, steps: Sequence[Complete] = ()) -> Path:
+def pack(
+    work: Path, out: Path, manifest: Manifest, steps: Sequence[Complete] = (), check: Check = lambda _: None
+) -> Path:
     """Write the bundle `out` from all files in the folders PARTS of `work`, and those that the `steps` add in turn.
 
     Fills in `manifest.files`; links to files are followed. An existing bundle is replaced. Raises UsageError if `out`
     is anything else (see `check_destination`), VerificationError if the manifest names files that were not staged,
-    OutOfSpaceError if the disk is full, and what a step raises; `out` is then unchanged.
+    OutOfSpaceError if the disk is full, BusyError if another process changes `out`, and what a step or `check` raises;
+    `out` is then unchanged.
     """
     check_destination(out)
     with raising_out_of_space(out):
@@ -40,10 +47,13 @@ def pack(work: Path, out: Path, manifest: Manifest, steps: Sequence[Complete] = 
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
         try:
             filled = _fill(temporary, staged, manifest)
+            check(filled)
             for step in steps:
                 filled = _write_manifest(temporary, step(temporary, filled))
             flush_tree(temporary)
-            swap_in(temporary, out)
+            with locked(out):
+                check(filled)
+                swap_in(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return out

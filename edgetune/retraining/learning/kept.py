@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
 from edgetune_runtime.wording import shortened
@@ -107,10 +109,17 @@ def adapter_folders(bundle: Path, name: str) -> list[Path]:
     return [folder for folder in (*kept, *([trained] if is_packed else [])) if folder.is_dir()]
 
 
-def check_unchanged(bundle: Path, manifest: Manifest, out: Path) -> None:
-    """UsageError if `out` is the bundle, and another command changed it since its manifest was read."""
-    if out.resolve() == bundle.resolve() and read_manifest(bundle) != manifest:
-        raise UsageError(f"{bundle} was changed while its adapters were trained again", "run the same command again")
+@contextmanager
+def unchanged(bundle: Path, manifest: Manifest, out: Path) -> Iterator[None]:
+    """Keep other processes from changing `out` in the block.
+
+    UsageError if `out` is the bundle, and one changed it since its manifest was read.
+    """
+    with locked(out):
+        if out.resolve() == bundle.resolve() and read_manifest(bundle) != manifest:
+            message = f"{bundle} was changed while its adapters were trained again"
+            raise UsageError(message, "run the same command again")
+        yield
 
 
 def swap_in_and_keep(recipe: Recipe, names: Collection[str], staged: Path, out: Path) -> None:

@@ -36,12 +36,12 @@ from edgetune.tasks.task import Task, read_task
 from .change import Changes, changes_between, scored, worse_sets
 from .kept import (
     adapter_folders,
-    check_unchanged,
     kept_folder,
     load_recipe,
     recipe_beside,
     swap_in_and_keep,
     system_doubt,
+    unchanged,
 )
 from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
 
@@ -155,8 +155,9 @@ def learn(
         specs = {
             name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
         }
-        check_unchanged(bundle, manifest, out)
-        swap_in_and_keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), [*rows], staged, out)
+        packed = loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}})
+        with unchanged(bundle, manifest, out):
+            swap_in_and_keep(packed, [*rows], staged, out)
         return learned
 
 

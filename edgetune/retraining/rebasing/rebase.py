@@ -24,7 +24,7 @@ from edgetune.recipe.rows import Rows
 from edgetune.report.answers import split_doubt
 from edgetune.report.facts import facts_of
 from edgetune.retraining.learning.change import Changes, changes_between, scored, worse_sets
-from edgetune.retraining.learning.kept import check_unchanged, kept_folder, swap_in_and_keep, system_doubt
+from edgetune.retraining.learning.kept import kept_folder, swap_in_and_keep, system_doubt, unchanged
 from edgetune.shipping.exported import BuildBase
 from edgetune.tasks.evaluation import rows_for
 
@@ -138,8 +138,7 @@ def rebase(
         for name in worse:
             remove_from_bundle(staged, name)
         # A `learn` of this bundle changes the same files.
-        with locked(kept_folder(out)):
-            check_unchanged(bundle, manifest, out)
+        with locked(kept_folder(out)), unchanged(bundle, manifest, out):
             swap_in_and_keep(recipe, [name for name in sets if name not in worse], staged, out)
         return Rebased(out, changes, *figures, margin, worse)
 

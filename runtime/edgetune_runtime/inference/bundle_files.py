@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,8 +24,9 @@ from edgetune_runtime.bundle import (
     verify_files,
     without_adapter,
 )
+from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.bundle.parts import parts_in
-from edgetune_runtime.errors import BusyError, EdgetuneError, UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing, require_space
 from edgetune_runtime.formats.checked_file import read_about
 from edgetune_runtime.states.store import KIND
@@ -144,30 +144,12 @@ def _delete(bundle: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def _locked(bundle: Path) -> Iterator[None]:
-    """Keep other processes from changing the bundle; BusyError if one does. No lock on Windows.
+    """Keep other processes from changing the bundle; BusyError if one does.
 
     EdgetuneError where the system refuses a change in the block.
     """
     try:
-        with _lock(bundle):
+        with locked(bundle):
             yield
     except OSError as error:
         raise EdgetuneError(f"cannot change bundle {bundle}: {error}", "check the rights of its folder") from error
-
-
-@contextmanager
-def _lock(bundle: Path) -> Iterator[None]:
-    if sys.platform == "win32" or not bundle.is_dir():
-        yield
-        return
-    import fcntl  # noqa: PLC0415 - Windows has none
-
-    folder = os.open(bundle, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"another process changes bundle {bundle}", "try again when it is done") from error
-        yield
-    finally:
-        os.close(folder)
