@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_of
+from edgetune_runtime.bundle import (
+    MANIFEST_NAME,
+    STATES_FOLDER,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+    sha256_of,
+)
 from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.bundle.signatures import unlisted
 from edgetune_runtime.errors import EdgetuneError, UsageError
-from edgetune_runtime.formats.atomic import raising_out_of_space, require_space, swap_in
+from edgetune_runtime.formats.atomic import TEMPORARY, raising_out_of_space, require_space, swap_in
 from edgetune_runtime.store.durable import flush_tree
 
 PARTS = ("base", "adapters", "authors")
@@ -60,7 +68,10 @@ def pack(
 
 
 def check_destination(out: Path) -> None:
-    """UsageError unless `out` does not exist, is an empty folder, or is a bundle without other files in it."""
+    """UsageError unless `out` does not exist, is an empty folder, or is a bundle without other files in it.
+
+    What killed changes of a bundle have left in it counts as its own.
+    """
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
@@ -75,10 +86,19 @@ def check_destination(out: Path) -> None:
     except EdgetuneError as error:
         remedy = "choose another --out, or delete that folder first"
         raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error
-    foreign = sorted(existing - listed)
+    foreign = sorted(name for name in existing - listed if not _may_be_left_over(name, listed))
     if foreign:
         message = f"{out} contains files that are not part of the bundle, such as {foreign[0]}"
         raise UsageError(message, "move them away or choose another --out")
+
+
+def _may_be_left_over(name: str, listed: Collection[str]) -> bool:
+    """Whether a killed change may have left a file that is not listed: a temporary one, a state, or a whole adapter."""
+    path = PurePosixPath(name)
+    if path.name.startswith(".") and TEMPORARY in path.name:
+        return True
+    folder = "/".join(path.parts[:2])
+    return path.parts[0] in ("adapters", STATES_FOLDER) and not any(each.startswith(f"{folder}/") for each in listed)
 
 
 def _staged_files(work: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edgetune_export.pack import check_destination, pack
+from edgetune_export.pack import check_destination, files_below, pack
 from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, BaseEntry, Manifest, read_manifest, verify_files
 from edgetune_runtime.errors import OutOfSpaceError, UsageError, VerificationError
 
@@ -133,6 +133,18 @@ def test_a_bundle_with_files_of_the_users_is_not_replaced(work: Path, tmp_path: 
     with pytest.raises(UsageError, match=r"notes\.txt"):
         pack(work, out, MANIFEST)
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_files_of_killed_changes_are_replaced_with_the_bundle(work: Path, tmp_path: Path) -> None:
+    out = pack(work, tmp_path / "home", MANIFEST)
+    for name in ("adapters/extra/adapter.gguf", "states/a.state", ".manifest.json.tmp-12-13"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+    pack(work, out, MANIFEST)
+    assert {*files_below(out)} == {*read_manifest(out).files, MANIFEST_NAME}
+    (out / "adapters/command/notes.txt").touch()
+    with pytest.raises(UsageError, match=r"not part of the bundle, such as adapters/command/notes\.txt"):
+        check_destination(out)
 
 
 def test_a_manifest_that_names_a_missing_file_makes_no_bundle(work: Path, tmp_path: Path) -> None:
