@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -70,12 +71,14 @@ def pack(
 def check_destination(out: Path) -> None:
     """UsageError unless `out` does not exist, is an empty folder, or is a bundle without other files in it.
 
-    What killed changes of a bundle have left in it counts as its own.
+    UsageError for the current folder, too. What killed changes of a bundle have left
+    in it counts as its own.
     """
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError(f"{out} is not a folder", "choose another --out")
+    check_not_current(out)
     existing = files_below(out)
     if not existing and not any(out.iterdir()):
         return
@@ -90,6 +93,14 @@ def check_destination(out: Path) -> None:
     if foreign:
         message = f"{out} contains files that are not part of the bundle, such as {foreign[0]}"
         raise UsageError(message, "move them away or choose another --out")
+
+
+def check_not_current(out: Path) -> None:
+    """UsageError for the current folder and those above it: the shell would stay in the one that is deleted."""
+    with suppress(FileNotFoundError):  # a deleted folder has no path any more
+        if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+            message = f"{out} is the folder that you are in, or one above it, and would be replaced"
+            raise UsageError(message, "run this in another folder, or choose another --out")
 
 
 def _may_be_left_over(name: str, listed: Collection[str]) -> bool:

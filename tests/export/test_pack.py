@@ -147,6 +147,18 @@ def test_files_of_killed_changes_are_replaced_with_the_bundle(work: Path, tmp_pa
         check_destination(out)
 
 
+def test_the_folder_of_the_shell_is_not_replaced(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = pack(work, tmp_path / "home", MANIFEST)
+    for folder in (out, out / "adapters"):
+        monkeypatch.chdir(folder)
+        with pytest.raises(UsageError, match="home is the folder that you are in, or one above it, and would be"):
+            check_destination(out)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    check_destination(out)
+
+
 def test_a_manifest_that_names_a_missing_file_makes_no_bundle(work: Path, tmp_path: Path) -> None:
     (work / "base/m.gguf").unlink()
     with pytest.raises(VerificationError, match=r"base/m\.gguf"):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from edgetune_export.pack import clean_up, files_below
+from edgetune_export.pack import check_not_current, clean_up, files_below
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, replacing, swap_in
@@ -57,8 +57,7 @@ def check_destination(out: Path) -> None:
         raise UsageError(f"{out} is a link", "give the folder itself, or choose another --out")
     if out.exists() and is_tar(out) != out.is_file():
         raise UsageError(f"{out} exists and is not a {'file' if is_tar(out) else 'folder'}", "choose another --out")
-    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UsageError(f"--out {out} is the folder that you are in, or one above it", "give a folder of its own")
+    check_not_current(out)
     if is_tar(out) or not out.exists() or not any(out.iterdir()):
         return
     try:

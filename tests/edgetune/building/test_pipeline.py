@@ -312,15 +312,6 @@ def test_a_second_build_trains_nothing(built: Built, tiny_gguf: Callable[[str], 
     assert again == built.result
 
 
-def test_a_bundle_is_built_from_within_its_folder(
-    built: Built, tiny_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
-    monkeypatch.chdir(built.bundle)
-    assert build(recipe, Path(), progress=QUIET) == built.result
-    assert read_manifest(built.bundle).name == "home"
-
-
 def test_a_resumed_build_trains_only_new_or_changed_adapters(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     out, training = tmp_path / "home", tmp_path / "home.work/train"
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))

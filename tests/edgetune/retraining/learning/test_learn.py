@@ -424,8 +424,10 @@ def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.
     monkeypatch.chdir(home)
     # Without --recipe, it is looked for beside the bundle.
     assert main(["learn", ".", "--log", str(log), "--ask", "1", "--questions", str(home.with_name("q.jsonl"))]) == 0
-    result = learn(Path(), read_logs(Path(), [log], QUIET.say), home.with_name(NAME), None, QUIET)
-    assert result.bundle == home and recipe_beside(home, ["light"])
+    out, entries = home.with_name("new"), read_logs(Path(), [log], QUIET.say)
+    with pytest.raises(UsageError, match="home is the folder that you are in"):
+        learn(Path(), entries, home.with_name(NAME), None, QUIET)
+    assert learn(Path(), entries, home.with_name(NAME), out, QUIET).bundle == out and recipe_beside(out, ["light"])
 
 
 def test_a_question_that_nobody_completed_undoes_no_confirmation(home: Path) -> None:

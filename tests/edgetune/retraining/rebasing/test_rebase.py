@@ -310,10 +310,14 @@ def test_what_cannot_be_rebased_is_refused_in_one_line_before_training(
     assert not home.with_name("home-rebased").exists()
 
 
-@pytest.mark.parametrize(("folder", "options"), [("home", ["."]), ("new", ["../home", "--out", "."])])
-def test_the_current_folder_is_rebased_and_rebased_into(
+@pytest.mark.parametrize(
+    ("folder", "options", "told"),
+    [("home", ["."], "is the base that"), ("new", ["../home", "--out", "."], "is the folder that you are in")],
+)
+def test_the_current_folder_is_rebased_but_not_replaced(
     folder: str,
     options: list[str],
+    told: str,
     home: Path,
     tiny_gguf: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -323,7 +327,7 @@ def test_the_current_folder_is_rebased_and_rebased_into(
     monkeypatch.chdir(home.parent / folder)
     base = ["--base", str(tiny_gguf("llama")), "--folder", str(home.parent)]
     assert main(["rebase", *options, *base, "--quiet"]) == 2
-    assert "is the base that" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_validation_rows_are_doubted_where_the_rows_are_not_those_of_the_build(
