@@ -35,6 +35,8 @@ Check = Callable[[Manifest], None]
 
 # Space for the manifest, the folders and file system metadata.
 _MARGIN_BYTES = 1 << 20
+# File systems take 255 bytes, of which `.NAME.tmp-PROCESS` needs 13 for more than the name.
+_LONGEST_NAME = 242
 
 
 def pack(
@@ -71,9 +73,12 @@ def pack(
 def check_destination(out: Path) -> None:
     """UsageError unless `out` does not exist, is an empty folder, or is a bundle without other files in it.
 
-    UsageError for the current folder, too. What killed changes of a bundle have left
+    UsageError for a name that is too long, and for the current folder, too. What killed changes of a bundle have left
     in it counts as its own.
     """
+    if (length := len(os.fsencode(out.name))) > _LONGEST_NAME:
+        message = f"the name of {out} has {length} bytes, more than {_LONGEST_NAME}"
+        raise UsageError(message, "choose a shorter --out")
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
