@@ -31,6 +31,7 @@ from edgetune.tasks.plain_prompts import without_system
 from edgetune.tasks.task import Task
 
 from .questions import Questions
+from .row_file import adding_to
 from .row_form import columns_of, row_of
 from .teacher import RefusedRequestError, Reply, RequestsSentError, Teacher, TeacherError
 
@@ -128,27 +129,26 @@ class Lesson:
         """Write `rows` new rows to `out`, one at a time; those that are there already count. Returns what was left out.
 
         Ends earlier when all requests are sent. Raises TeacherError, with all rows kept, if the teacher fails, or if
-        nothing that it says is of use, and UsageError if `out` has other lines than rows.
+        nothing that it says is of use, and UsageError if `out` has other lines than rows, or another process uses it.
         """
-        first = _first_number(out)
-        made = self._made_before(out) if first > 1 else []
         # Those that `edgetune data check` compares with the training rows.
         tests = test_rows_beside(self.task.spec.data, self.task.labels)
-        existing = [*self.task.train, *self.task.validation, *self.task.confidence_rows, *tests, *made]
-        prompts = {prompt_key(SplitRow(TRAIN, without_system(row))) for row in existing}
-        written = len(made)
-        left_out: Counter[str] = Counter()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file, progress.step("asking the teacher", rows) as step:
-            step.update(done=written)
+        with adding_to(out) as add:
+            first = _first_number(out)
+            made = self._made_before(out) if first > 1 else []
+            existing = [*self.task.train, *self.task.validation, *self.task.confidence_rows, *tests, *made]
+            prompts = {prompt_key(SplitRow(TRAIN, without_system(row))) for row in existing}
+            written = len(made)
+            left_out: Counter[str] = Counter()
             if made and not out.read_bytes().endswith(b"\n"):
-                file.write("\n")
+                add("\n")
             new_rows = self._new_rows(prompts, left_out, first)
-            while written < rows and (new_row := next(new_rows, None)) is not None:
-                file.write(json.dumps(new_row, ensure_ascii=False) + "\n")
-                file.flush()
-                written += 1
-                step.update()
+            with progress.step("asking the teacher", rows) as step:
+                step.update(done=written)
+                while written < rows and (new_row := next(new_rows, None)) is not None:
+                    add(json.dumps(new_row, ensure_ascii=False) + "\n")
+                    written += 1
+                    step.update()
         if written < rows:
             progress.say(
                 f"{written} of {rows} rows are made with {self.teacher.sent} requests; allow more with --requests"

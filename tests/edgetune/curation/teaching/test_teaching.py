@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import OutOfSpaceError, UsageError
 from edgetune_runtime.server.settings import Access, ServerLimits
 from ports import http_server
 from recipes import adapter_of, write_recipe
@@ -21,6 +21,7 @@ from runtime.server.conftest import started
 from edgetune.cli.main import main
 from edgetune.curation.teaching import teacher as teachers
 from edgetune.curation.teaching.questions import Questions
+from edgetune.curation.teaching.row_file import adding_to
 from edgetune.curation.teaching.teacher import Teacher, TeacherError
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
@@ -485,16 +486,42 @@ def test_a_file_without_a_last_line_end_is_continued_on_a_new_line(
     assert [row.completion for row in read_rows(str(out))] == ['{"do": "on"}'] * 2
 
 
-def test_a_half_written_line_is_named_with_a_remedy(
+def test_a_line_that_is_no_row_is_named_with_a_remedy(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new.jsonl"
-    written = f'{json.dumps(ORDERS[0])}\n{{"prompt": "turn'
+    written = f'{json.dumps(ORDERS[0])}\n{{"prompt": "turn\n'
     out.write_text(written)
     assert command(recipe, "http://127.0.0.1:1/v1", out, "--yes") == 2
     err = capsys.readouterr().err
     assert f"{out}:2: not JSON" in err and "; complete or delete that line, or give another --out" in err
     assert out.read_text() == written
+
+
+@pytest.mark.parametrize("small_disk", ["16k"], indirect=True)
+def test_a_run_goes_on_after_a_full_disk_and_after_a_kill(
+    recipe: str, teacher: Callable[[Reply], str], small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = teacher(lambda body: said('{"do": "on"}' if "response_format" in body else f"{body['seed']:0200}"))
+    out, other = small_disk / "new.jsonl", small_disk / "other"
+    other.write_bytes(b"x" * 12288)
+    assert command(recipe, url, out, "--yes", "--rows", "20") == OutOfSpaceError.exit_code
+    assert f"edgetune: no space left to write {out}; free some space and run" in capsys.readouterr().err
+    text = out.read_text()
+    assert text.endswith('"}\n')
+    other.unlink()
+    out.write_text(text + '{"prompt": "turn')
+    assert command(recipe, url, out, "--yes", "--rows", "20") == 0
+    assert out.read_text().startswith(text) and len(read_rows(str(out))) == 20
+
+
+def test_one_process_at_a_time_adds_rows_to_a_file(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new.jsonl"
+    with adding_to(out):
+        assert command(recipe, "http://127.0.0.1:1/v1", out, "--yes") == 2
+    assert f"another process is using {out}; wait until it has ended, or give another" in capsys.readouterr().err
 
 
 def test_a_run_without_a_row_fails_and_one_with_some_says_how_many(
