@@ -46,7 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout as error:
         message = f"another process is using {folder}"
-        raise UsageError(message, "wait until it has ended, or choose another folder for the bundle") from error
+        raise UsageError(message, "wait until it has ended, or choose another folder") from error
     for path in [path for path in folder.rglob(".*") if TEMPORARY in path.name]:
         _delete(path)
     try:

@@ -15,6 +15,7 @@ from edgetune.building.decoder.importance import requested_importance
 from edgetune.building.decoder.quantization import choose_quantization
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
+from edgetune.common.work_folder import locked
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.quantization import quantizations_of
 from edgetune.recipe.model import Recipe
@@ -38,10 +39,20 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
     """Run the trials that are not finished, and write compare.json, compare.html and the plots to `request.out`.
 
     A failed trial gets a row with the reason, and the others continue. Raises UsageError and NotFoundError for errors
-    in the request, before any training; CancelledError when the user interrupts, with finished trials kept;
-    EdgetuneError, after everything is written, if no trial succeeded.
+    in the request and if another process uses `request.out`, before any training; CancelledError when the user
+    interrupts, with finished trials kept; EdgetuneError, after everything is written, if no trial succeeded.
     """
-    recipe, trials, source = _prepared(request, progress)
+    with locked(request.out):
+        recipe, trials, source = _prepared(request, progress)
+        comparison = _compared(request, recipe.base, source, _outcomes(trials, run, progress))
+        write(comparison, request.out)
+        shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
+    _check_any(comparison.outcomes)
+    return comparison
+
+
+def _outcomes(trials: Sequence[Trial], run: Run, progress: Progress) -> list[TrialResult]:
+    """The outcomes of all trials, after those that are not finished have run."""
     todo = [trial for trial in trials if not trial.is_refused]
     outcomes = {trial.name: outcome for trial in todo if (outcome := read_outcome(Path(trial.folder), trial.key))}
     for name in outcomes:
@@ -58,12 +69,7 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
         for trial in trials
         if trial.is_refused
     }
-    outcomes_in_order = [(outcomes | refused)[trial.name] for trial in trials]
-    comparison = _compared(request, recipe.base, source, outcomes_in_order)
-    write(comparison, request.out)
-    shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
-    _check_any(comparison.outcomes)
-    return comparison
+    return [(outcomes | refused)[trial.name] for trial in trials]
 
 
 def check_folder(out: Path) -> None:

@@ -381,6 +381,19 @@ def test_wrong_data_and_a_wrong_folder_are_refused_before_any_work(
         compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
 
 
+def test_one_comparison_at_a_time_uses_a_folder(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    request = request_of(out=tmp_path / "out")
+
+    def run(_trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
+        with pytest.raises(UsageError, match=r"another process is using .*out; wait until it has ended, or choose"):
+            compare(request, no_run, QUIET)
+        yield from ()
+        raise KeyboardInterrupt
+
+    with pytest.raises(CancelledError):
+        compare(request, run, QUIET)
+
+
 def noting(given: list[Any], what: Callable[[Trial], object]) -> Callable[..., Iterator[TrialResult]]:
     """Runs trials that note something of themselves in `given`, and fail."""
 
