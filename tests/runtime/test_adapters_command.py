@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from edgetune_export.backends.base import Source
+from edgetune_export.pack import check_destination
 from edgetune_runtime import EdgetuneError, Runtime
 from edgetune_runtime.bundle import read_manifest, verify_files
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
@@ -193,6 +194,8 @@ def test_a_bundle_is_whole_wherever_a_change_fails(
             assert code in (0, 1, KILLED)
             manifest = read_manifest(home)
             verify_files(home, manifest)
+            # A build into the bundle replaces it with all that is left there.
+            check_destination(home)
             if code == 0:
                 break
             if ("new" in manifest.adapters) != before:
