@@ -171,6 +171,11 @@ class LoadedAdapters:
             if entry is not None:
                 self._loader.load(entry)
                 loaded[entry.name] = _Loaded(self._loader.bytes_of(entry))
+        except BaseException:
+            # The engine may have loaded it before its file proved to be another one.
+            if entry is not None:
+                self._loader.unload(entry.name)
+            raise
         finally:
             with self._changed:
                 self._is_changing = False

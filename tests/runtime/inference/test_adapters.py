@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
-from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.bundle import AdapterEntry, read_manifest
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import Adapter, change_manifest, low_rank, make_foreign, room_for, write_both
 from runtime.serving.waiting import opening
@@ -102,6 +102,26 @@ def test_a_file_that_is_damaged_after_opening_is_one_error_and_loses_nothing(
     with pytest.raises(VerificationError, match=r"task1.* does not match its digest"):
         answer(runtime, "task1")
     assert answer(runtime, "task2") == expected[2]
+    path.write_bytes(data)
+    assert answer(runtime, "task1") == expected[1]
+
+
+def test_a_file_that_is_replaced_after_its_check_is_not_kept(
+    open_: Callable[..., Runtime], copy: Path, engine: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = open_(copy)
+    path, other = (file_of(copy, name, engine) for name in ("task1", "task2"))
+    data, base = path.read_bytes(), loaded_bundle(runtime).base
+    load = base.load
+
+    def load_replaced(entry: AdapterEntry, file: Path, fingerprint: str) -> None:
+        path.write_bytes(other.read_bytes())
+        load(entry, file, fingerprint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "load", load_replaced)
+        with pytest.raises(VerificationError, match="was changed while it was read"):
+            answer(runtime, "task1")
     path.write_bytes(data)
     assert answer(runtime, "task1") == expected[1]
 
