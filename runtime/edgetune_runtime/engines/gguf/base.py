@@ -23,6 +23,7 @@ class GgufTokenizer(Vocabulary):
         check_vocabulary(read_header(path), path)
         model = load_model(path, vocabulary_only=True)
         self._free = weakref.finalize(self, library().llama_model_free, model)
+        self._free.atexit = False
         super().__init__(model)
 
     def close(self) -> None:
@@ -43,6 +44,7 @@ class GgufBase:
         self.model = load_model(path, repack=self.repacks, mapped=mapped)
         self.adapters = GgufAdapters(self.model)
         self._free = weakref.finalize(self, _free_base, self.adapters, self.model)
+        self._free.atexit = False
         check_context_length(context_length, library().llama_model_n_ctx_train(self.model))
         self.vocabulary = Vocabulary(self.model)
 

@@ -113,6 +113,8 @@ class GgufEngine:
                 kv=self._kv,
             )
         self._free = weakref.finalize(self, _free_context, self._adapters, self._context)
+        # Threads may compute with it until the process ends.
+        self._free.atexit = False
         self._stop = StopFlag(self._context)
         self._used_threads, self._end_threads = threads, end_threads()
         self._cache = (

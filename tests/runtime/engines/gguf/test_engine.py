@@ -124,6 +124,21 @@ except IncompatibleError as error:
 """
 
 
+AT_EXIT = """
+import atexit, sys
+from pathlib import Path
+# Registered first, so that it is called last.
+atexit.register(lambda: print(len(engine.decode([1, 2, 3]))))
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+engine = GgufEngine(Path(sys.argv[1]), context_length=64, threads=1)
+"""
+
+
+def test_an_engine_that_is_not_closed_computes_until_the_process_ends(tiny_gguf: Gguf) -> None:
+    command = [sys.executable, "-c", AT_EXIT, str(tiny_gguf("llama"))]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) > 0
+
+
 def test_without_llama_cpp_the_error_says_what_to_install(tiny_gguf: Gguf) -> None:
     command = [sys.executable, "-c", WITHOUT_LLAMA, str(tiny_gguf("llama"))]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
