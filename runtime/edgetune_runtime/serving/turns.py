@@ -70,10 +70,10 @@ class Turns:
     def take(self, check: Callable[[], None] = no_limits, *, is_prompt: bool = False) -> Iterator[Turn]:
         """Wait for this thread's turn, unless `check` raises; pass it on when the block ends."""
         waiter = _Waiter(threading.get_ident(), time.monotonic() + _PATIENCE_S if is_prompt else 0.0)
-        with self._lock:
-            self._waiting.append(waiter)
-            self._admit()
         try:
+            with self._lock:
+                self._waiting.append(waiter)
+                self._admit()
             while not waiter.admitted.wait(POLL_S):
                 check()
             yield self._running[waiter.call]
@@ -82,12 +82,13 @@ class Turns:
 
     def _leave(self, waiter: _Waiter) -> None:
         with self._lock:
-            if waiter.admitted.is_set():
+            # After Ctrl-C it may be in neither.
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif waiter.call in self._running:
                 self._count()
                 del self._running[waiter.call]
                 self._ended_s[waiter.call] = time.monotonic()
-            else:
-                self._waiting.remove(waiter)
             self._admit()
 
     def _admit(self) -> None:

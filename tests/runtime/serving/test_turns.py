@@ -140,6 +140,22 @@ def test_a_call_that_stops_while_it_waits_does_not_keep_its_place() -> None:
         assert calls.turns.is_idle
 
 
+@pytest.mark.parametrize("method", ["_part", "_count"])
+def test_a_call_that_is_interrupted_while_it_asks_leaves_no_turn(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(1, shares=True)
+
+    def interrupt() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(turns, method, interrupt)
+    with pytest.raises(KeyboardInterrupt), turns.take():
+        raise AssertionError("a turn in spite of the interrupt")
+    assert turns.is_idle
+    with turns.take(CallLimits(10).check):
+        pass
+
+
 def test_core_seconds_are_those_of_all_turns_together() -> None:
     turns = Turns(2, shares=True)
     with turns.take():
