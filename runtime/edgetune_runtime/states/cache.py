@@ -171,18 +171,18 @@ class StateCache:
         """The state with the longest reusable prefix of these tokens, marked as recently used, and that length.
 
         With `boundaries`, where the tokens are split into batches, states that are not a session's own are reused only
-        up to the last boundary in common. With `whole`, only states that are reused to their end are found, and that of
-        all tokens is not: it cannot be cut to compute the last one.
+        up to the last boundary in common. With `whole`, only states that are reused to their end are found. The last
+        token is never reused, as a state has no logits.
         """
         with self._lock:
             best, longest = None, 0
             for slot, saved in self._states.items():
                 if slot[0] not in (owner, *_SHARED):
                     continue
-                reused = reusable((saved.key, saved.tokens), (key, tokens))
+                reused = min(reusable((saved.key, saved.tokens), (key, tokens)), len(tokens) - 1)
                 if boundaries is not None and slot[0] in (CALLS, *_SHARED):
                     reused = common_boundary(saved.ends, boundaries, reused)
-                if whole and not reused == len(saved.tokens) < len(tokens):
+                if whole and reused != len(saved.tokens):
                     continue
                 if reused > longest:
                     best, longest = slot, reused

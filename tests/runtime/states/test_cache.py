@@ -63,9 +63,9 @@ def test_the_least_recently_used_state_is_evicted_first() -> None:
     keys = [key("base", {"a": scale}) for scale in (1, 2, 3)]
     cache.put(saved(keys[0], [1], size(15)))
     cache.put(saved(keys[1], [1], size(15)))
-    cache.best(keys[0], [1])
+    cache.best(keys[0], [1, 2])
     cache.put(saved(keys[2], [1], size(15)))
-    assert [cache.best(one, [1])[1] == 1 for one in keys] == [True, False, True]
+    assert [cache.best(one, [1, 2])[1] == 1 for one in keys] == [True, False, True]
     assert cache.bytes == 30
 
 
@@ -140,10 +140,10 @@ def test_a_span_that_changes_nothing_or_has_no_tokens_is_none() -> None:
 def test_an_owner_sees_its_own_states_and_fixed_prompts_alone() -> None:
     cache = StateCache(1)
     cache.put(saved(ADAPTED, [1, 2, 3], state("mine")), "one")
-    assert cache.best(ADAPTED, [1, 2, 3], "two") == (None, 0)
-    assert cache.best(ADAPTED, [1, 2, 3])[1] == 0
+    assert cache.best(ADAPTED, [1, 2, 3, 4], "two") == (None, 0)
+    assert cache.best(ADAPTED, [1, 2, 3, 4])[1] == 0
     cache.put(saved(ADAPTED, [1, 2], state("prompt")), PROMPTS)
-    assert [cache.best(ADAPTED, [1, 2, 3], owner)[1] for owner in ("one", "two", "")] == [3, 2, 2]
+    assert [cache.best(ADAPTED, [1, 2, 3, 4], owner)[1] for owner in ("one", "two", "")] == [3, 2, 2]
     assert cache.prompt(ADAPTED, [1, 2]) == state("prompt")
     assert cache.prompt(ADAPTED, [1, 2, 3]) is cache.prompt(key("base", {}), [1, 2]) is None
     cache.drop_states("one")
@@ -173,3 +173,5 @@ def test_states_of_other_owners_are_reused_up_to_a_common_batch_boundary() -> No
         assert known == ([8] * 5 if owner == "session" else [5, 3, 0, 3, 0])
         assert cache.best(ADAPTED, [*tokens[:4], 9], owner, [3, 5])[1] == (4 if owner == "session" else 3)
         assert cache.best(ADAPTED, [*tokens, 9], owner)[1] == 8
+        # The last token is computed after what is reused, which ends at a boundary too.
+        assert cache.best(ADAPTED, tokens[:5], owner, [3, 5])[1] == (4 if owner == "session" else 3)
