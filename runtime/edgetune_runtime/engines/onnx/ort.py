@@ -26,6 +26,8 @@ _LOG = logging.getLogger("edgetune_runtime.onnxruntime")
 _INFORMATION, _WARNING, _FATAL = 1, 2, 4
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 """The levels for onnxruntime's severities 0 to 4. It logs 70 info lines per session, so they become debug messages."""
+_EXPECTED = "appears in graph inputs and will not be treated as constant value/weight"
+"""For each input with a default, such as the slots of adapters, whose default is empty."""
 
 _INSTALL = '--upgrade "edgetune-runtime[onnx]"'
 
@@ -63,7 +65,7 @@ def _has_callback(ort: Any) -> bool:  # noqa: ANN401 - as above; onnxruntime 1.3
 
 
 def _log(severity: int, _category: str, _session: str, place: str, message: str) -> None:
-    _LOG.log(_LEVELS[severity], "%s: %s", place, message)
+    _LOG.log(logging.DEBUG if _EXPECTED in message else _LEVELS[severity], "%s: %s", place, message)
 
 
 def graph_error(error: Exception) -> VerificationError:
