@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 
 from edgetune_runtime.errors import UsageError
@@ -47,7 +48,7 @@ class StreamThreads:
 
     def require_none_open(self) -> None:
         """Raise UsageError if a stream is open that somebody may still read."""
-        if any(thread.is_open for thread in self.running):
+        if any(thread.is_open for thread in list(self.running)):
             raise UsageError(*STILL_OPEN)
 
     async def end_all(self) -> None:
@@ -117,7 +118,10 @@ class _StreamThread:
 
     def __init__(self, open_stream: OpenStream, cancel: threading.Event | None) -> None:
         self._loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[None] = self._loop.create_future()
+        # Not asyncio's, as another event loop may wait for it after this one was closed.
+        self.ended: Future[None] = Future()
+        # So that none who stops waiting for it cancels it.
+        self.ended.set_running_or_notify_cancel()
         self.answer: Answer | None = None
         self._open, self._cancel = open_stream, _EitherEvent(cancel)
         self._abandoned = False
@@ -148,7 +152,7 @@ class _StreamThread:
     async def stop(self) -> None:
         """End the stream; returns once its context is free."""
         self.abandon()
-        await asyncio.shield(self.ended)
+        await asyncio.wrap_future(self.ended)
 
     def abandon(self) -> None:
         """End the stream as soon as possible, without waiting for it."""
@@ -168,6 +172,7 @@ class _StreamThread:
                     self.answer = stream.answer
         except BaseException as error:
             self._error = error
+        self.ended.set_result(None)
         self._call_in_loop(self._finish)
 
     def _call_in_loop(self, function: Callable[..., None], *arguments: str) -> bool:
@@ -182,8 +187,6 @@ class _StreamThread:
         if self._abandoned and self.answer is None and self._error is None:
             self._error = UsageError(*CLOSED_EARLY)
         self._pieces.put_nowait(None)
-        if not self.ended.done():
-            self.ended.set_result(None)
 
 
 class _EitherEvent(threading.Event):

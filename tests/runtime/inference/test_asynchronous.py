@@ -153,6 +153,17 @@ def test_dropping_a_stream_frees_its_context(bundle: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_stream_that_was_left_in_a_closed_event_loop_is_no_obstacle(bundle: Path) -> None:
+    runtime = asyncio.run(AsyncRuntime.open(bundle, disk_mb=0))
+    stream = runtime.stream(PROMPT, max_tokens=230)
+
+    async def first() -> str:
+        return await anext(stream)
+
+    assert asyncio.run(first())
+    asyncio.run(asyncio.wait_for(runtime.close(), 10))
+
+
 def test_a_stream_that_nobody_reads_stops_computing_a_few_pieces_ahead(bundle: Path) -> None:
     async def main() -> None:
         async with opened(bundle, contexts=1) as runtime:
