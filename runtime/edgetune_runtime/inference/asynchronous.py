@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
     @classmethod
     async def open(cls, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
         """Open a bundle; options and errors are those of `Runtime.open`."""
-        opening = asyncio.create_task(asyncio.to_thread(Runtime.open, path, **options))
+        opening = asyncio.create_task(_in_thread(Runtime.open, path, **options))
         try:
             return cls(await asyncio.shield(opening))
         except asyncio.CancelledError:
@@ -219,14 +220,23 @@ def _stream(
 
 
 async def _in_thread(function: Callable[..., T], *arguments: object, **options: object) -> T:
-    """What a function returns on another thread, where its calls wait for no stream that this task alone reads."""
-    reader = Reader(asyncio.current_task())
+    """What a function returns on a thread of its own, where its calls wait for no stream that this task alone reads.
 
-    def call() -> T:
+    None of asyncio's, which are few: a task may need one of them to read on the stream that the calls wait for.
+    """
+    reader, result = Reader(asyncio.current_task()), Future[T]()
+    # A task that stops waiting does not end the call.
+    result.set_running_or_notify_cancel()
+
+    def call() -> None:
         READER.set(reader)
-        return function(*arguments, **options)
+        try:
+            result.set_result(function(*arguments, **options))
+        except BaseException as error:
+            result.set_exception(error)
 
-    return await asyncio.to_thread(call)
+    threading.Thread(target=call, name="edgetune-call").start()
+    return await asyncio.wrap_future(result)
 
 
 def _close_opened(opening: asyncio.Task[Runtime]) -> None:

@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,20 @@ def test_a_call_that_would_wait_for_the_stream_of_its_own_task_is_an_error(bundl
             assert (await asking).tokens == 4
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_call_that_waits_for_a_stream_leaves_asyncio_its_threads(bundle: Path) -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        async with opened(bundle, contexts=1) as runtime:
+            stream = runtime.stream(PROMPT, max_tokens=60)
+            await anext(stream)
+            classifying = asyncio.create_task(runtime.classify(PROMPT, ["on", "off"]))
+            await asyncio.sleep(0)
+            await in_10_s(asyncio.to_thread(time.monotonic), stream)
+            assert (await classifying).label in {"on", "off"}
+
+    asyncio.run(main())
 
 
 def test_leaving_a_session_ends_its_open_streams_and_no_others(bundle: Path) -> None:
