@@ -94,14 +94,13 @@ class KvCache:
     def branched(self, count: int) -> Iterator[None]:
         """While the block runs, sequences 1 to `count` share all cells of the main sequence."""
         llama = library()
-        branches = range(MAIN + 1, MAIN + 1 + count)
-        for branch in branches:
-            llama.llama_memory_seq_cp(self._memory, MAIN, branch, -1, -1)
         try:
+            for branch in range(MAIN + 1, MAIN + 1 + count):
+                llama.llama_memory_seq_cp(self._memory, MAIN, branch, -1, -1)
             yield
         finally:
-            for branch in branches:
-                llama.llama_memory_seq_rm(self._memory, branch, -1, -1)
+            # One call, so that Ctrl-C leaves no branch.
+            llama.llama_memory_seq_keep(self._memory, MAIN)
 
 
 def _pointer(buffer: NDArray[np.uint8]) -> Any:  # noqa: ANN401 - a bare pointer

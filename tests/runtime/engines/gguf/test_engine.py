@@ -124,6 +124,25 @@ except IncompatibleError as error:
 """
 
 
+def test_an_interrupt_while_labels_are_scored_leaves_no_branches(
+    tiny_gguf: Gguf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(GgufEngine(tiny_gguf("llama"), context_length=64, threads=1)) as engine:
+        copy = library().llama_memory_seq_cp
+
+        def interrupt(*arguments: object) -> None:
+            copy(*arguments)
+            raise KeyboardInterrupt
+
+        engine.decode([1, 2, 3, 4])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(library(), "llama_memory_seq_cp", interrupt)
+            engine.score([[5], [6]])
+        engine.truncate(0)
+        engine.decode([1, 2])
+        assert len(engine.score([[5, 6], [6, 5]])) == 2
+
+
 AT_EXIT = """
 import atexit, sys
 from pathlib import Path
