@@ -45,7 +45,9 @@ class GgufAdapters:
         self._loaded: Mapping[str, Any] = ChainMap(self._files, self._prefixes)
         self._choices: dict[_Set, _Choice] = {}
         self._active: dict[Any, _Choice] = {}
-        self._changed = threading.Condition(threading.Lock())
+        # Not entered through the condition, whose `__enter__` may be interrupted by Ctrl-C when it has the lock.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._first_steps = 0
         # Looked up once: at a switch, the processor's caches are cold and each lookup counts.
         self._switch = library().llama_set_adapters_lora
@@ -55,7 +57,7 @@ class GgufAdapters:
 
     def load_file(self, name: str, path: Path) -> None:
         """Load a LoRA file that `check_adapter` has accepted; IncompatibleError if llama.cpp refuses it."""
-        with self._changed:
+        with self._lock:
             self._wait_for_first_steps()
             last_errors()
             adapter = library().llama_adapter_lora_init(self._model, os.fsencode(path))
@@ -70,7 +72,7 @@ class GgufAdapters:
 
     def unload(self, name: str) -> None:
         """Free an adapter; contexts that have it set, and compute nothing, have the plain base from then on."""
-        with self._changed:
+        with self._lock:
             self._wait_for_first_steps()
             self._prefixes.pop(name, None)
             adapter = self._files.pop(name, None)
@@ -85,7 +87,7 @@ class GgufAdapters:
     def switch(self, context: Any, adapters: Mapping[str, float]) -> PrefixState | None:  # noqa: ANN401 - as above
         """Set exactly these adapters with their scales in a context; returns the prefix among them."""
         key = tuple(adapters.items())
-        with self._changed:
+        with self._lock:
             choice = self._choices.get(key)
             if choice is None:
                 if len(self._choices) >= _MAX_CHOICES:
@@ -103,18 +105,18 @@ class GgufAdapters:
     @contextmanager
     def in_first_step(self) -> Iterator[None]:
         """While the block runs, none is loaded or freed; blocks of several threads run at the same time."""
-        with self._changed:
+        with self._lock:
             self._first_steps += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._first_steps -= 1
                 self._changed.notify_all()
 
     def forget(self, context: Any) -> None:  # noqa: ANN401 - as above
         """Know nothing more of a context, which is freed next."""
-        with self._changed:
+        with self._lock:
             self._active.pop(context, None)
 
     def close(self) -> None:
