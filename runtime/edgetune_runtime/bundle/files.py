@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -159,8 +160,9 @@ def files_only_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
 
 
 def pinned(bundle: Path) -> Path:
-    """The bundle's own folder, where its path leads through a link that a switch of versions changes."""
-    return bundle.resolve() if bundle.parent.is_symlink() else bundle
+    """The bundle's own folder, where it or the folder above it is a link that a switch of versions changes."""
+    # Unlike `Path.resolve`, this does not raise for links that lead to each other.
+    return Path(os.path.realpath(bundle)) if bundle.is_symlink() or bundle.parent.is_symlink() else bundle
 
 
 def bundle_path(path: str) -> str:

@@ -199,6 +199,18 @@ def test_a_switch_is_not_noticed_before_it_is_taken_over(prefix: Path, following
         assert [bool(answer(runtime, name)) for name in NAMES] == [True] * 5
 
 
+def test_a_bundle_that_is_a_link_is_read_from_where_it_led_until_it_is_taken_over(
+    bundle: Path, following: Path, tmp_path: Path, engine: str
+) -> None:
+    link = tmp_path / "live"
+    link.symlink_to(bundle)
+    with Runtime.open(link, engine=engine, disk_mb=0) as runtime:
+        link.unlink()
+        link.symlink_to(following)
+        assert [bool(answer(runtime, name)) for name in NAMES] == [True] * 5
+        assert runtime.reload().added == ["new"]
+
+
 def test_a_router_chooses_until_that_of_the_new_version_does(
     bundle: Path, following: Path, tmp_path: Path, engine: str
 ) -> None:
