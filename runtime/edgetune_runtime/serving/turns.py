@@ -72,24 +72,25 @@ class Turns:
         waiter = _Waiter(threading.get_ident(), time.monotonic() + _PATIENCE_S if is_prompt else 0.0)
         try:
             with self._lock:
+                # Ctrl-C may have left a turn of this thread.
+                self._drop(waiter.call)
                 self._waiting.append(waiter)
                 self._admit()
             while not waiter.admitted.wait(POLL_S):
                 check()
             yield self._running[waiter.call]
         finally:
-            self._leave(waiter)
+            with self._lock:
+                self._drop(waiter.call)
+                self._admit()
 
-    def _leave(self, waiter: _Waiter) -> None:
-        with self._lock:
-            # After Ctrl-C it may be in neither.
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-            elif waiter.call in self._running:
-                self._count()
-                del self._running[waiter.call]
-                self._ended_s[waiter.call] = time.monotonic()
-            self._admit()
+    def _drop(self, call: int) -> None:
+        """Let a call neither compute nor wait. Call it with the lock."""
+        self._waiting = [waiter for waiter in self._waiting if waiter.call != call]
+        if call in self._running:
+            self._count()
+            del self._running[call]
+            self._ended_s[call] = time.monotonic()
 
     def _admit(self) -> None:
         """Give those who wait their turns, as far as there are threads. Call it with the lock."""

@@ -156,6 +156,20 @@ def test_a_call_that_is_interrupted_while_it_asks_leaves_no_turn(method: str, mo
         pass
 
 
+def test_a_turn_that_an_interrupt_left_is_dropped_when_its_thread_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(1, shares=True)
+
+    def interrupt() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), turns.take():
+        monkeypatch.setattr(turns, "_count", interrupt)
+    with turns.take(CallLimits(1).check):
+        pass
+    assert turns.is_idle
+
+
 def test_core_seconds_are_those_of_all_turns_together() -> None:
     turns = Turns(2, shares=True)
     with turns.take():
