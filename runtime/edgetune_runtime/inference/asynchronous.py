@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -235,7 +236,9 @@ async def _in_thread(function: Callable[..., T], *arguments: object, **options: 
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=call, name="edgetune-call").start()
+    # With the context variables of the task, such as those of tracing.
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(call,), name="edgetune-call").start()
     return await asyncio.wrap_future(result)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def test_an_awaited_answer_and_a_stream_are_those_of_the_runtime(bundle: Path) -
             assert stream.answer is not None
             assert stream.answer.text == expected.text
             assert [piece async for piece in stream] == []
+
+    asyncio.run(main())
+
+
+def test_a_call_has_the_context_variables_of_its_task(bundle: Path) -> None:
+    request, seen = ContextVar("request", default="none"), list[str]()
+
+    async def main() -> None:
+        options = {"disk_mb": 0, "on_event": lambda _: seen.append(request.get())}
+        async with await AsyncRuntime.open(bundle, **options) as runtime:
+            request.set("first")
+            await runtime.classify(PROMPT, ("on", "off"), adapter="command")
+            assert seen[-1] == "first"
 
     asyncio.run(main())
 
