@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune_devices import boards
 from edgetune_devices.fit import Fit, fit
-from edgetune_runtime.bundle import AdapterEntry, ConfidenceCurve, Manifest
+from edgetune_runtime.bundle import AdapterEntry, ConfidenceCurve, Manifest, bytes_of_model
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.sizing.needs import needs_of_bundle
@@ -131,7 +131,7 @@ def facts_of(bundle: Path, manifest: Manifest, scores: Mapping[str, Score] | Non
         base_mb={name: _base_mb(bundle, manifest, name) for name in manifest.base.files},
         total_mb=sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / MB,
         adapters=[
-            _adapter(bundle, entry, recipes.get(name, {}), scores.get(name))
+            _adapter(manifest, entry, recipes.get(name, {}), scores.get(name))
             for name, entry in manifest.adapters.items()
         ],
     )
@@ -166,12 +166,12 @@ def _base_mb(bundle: Path, manifest: Manifest, format_: str) -> float:
     return sum(path.stat().st_size for path in files) / MB
 
 
-def _adapter(bundle: Path, entry: AdapterEntry, recipe: Mapping[str, Any], score: Score | None) -> AdapterFacts:
+def _adapter(manifest: Manifest, entry: AdapterEntry, recipe: Mapping[str, Any], score: Score | None) -> AdapterFacts:
     history = entry.training.get("history", [])
     return AdapterFacts(
         entry=entry,
         rank=_rank(sorted(entry.modules_by_rank)),
-        mb={name: (bundle / file).stat().st_size / MB for name, file in entry.files.items()},
+        mb={name: bytes_of_model(manifest.files, file) / MB for name, file in entry.files.items()},
         train_file=str(recipe.get("data", {}).get("train", "")),
         points=[(int(p["step"]), float(p["train_loss"]), float(p["val_loss"])) for p in history],
         score=score,

@@ -71,6 +71,9 @@ def test_ls_lists_adapters_with_their_sizes(run: Run, home: Path) -> None:
     assert "gguf 0.0 MB, onnx 0.0 MB" in out
     rows = json.loads(run("ls", home, "--json")[1])
     assert rows[0]["bytes"]["gguf"] == (home / "adapters/command/adapter.gguf").stat().st_size
+    weights = [*(home / "adapters/whole").rglob("model.onnx*")]
+    assert rows[2]["bytes"]["onnx"] == sum(path.stat().st_size for path in weights)
+    assert len(weights) == 2
 
 
 def test_an_adapter_is_added_with_its_files_and_removed_with_them(run: Run, home: Path, source: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.bundle import Manifest, digest_of_model, read_manifest
 from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
@@ -181,7 +181,7 @@ def _read_digests(folder: Path) -> dict[str, list[str]]:
 def _digests(manifest: Manifest) -> dict[str, list[str]]:
     """The digests of the files of each adapter."""
     return {
-        name: sorted(manifest.files[file].sha256 for file in entry.files.values())
+        name: sorted(digest_of_model(manifest.files, file) for file in entry.files.values())
         for name, entry in manifest.adapters.items()
     }
 

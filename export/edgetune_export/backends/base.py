@@ -60,7 +60,8 @@ class Backend(Protocol):
     """A module in the folder of a format; the folder and the runtime's engine have the format's name.
 
     `SHAPES` are the adapter shapes that it can write, `ADAPTER_FILE` and `MODEL_FILE` the names of an adapter and a
-    merged model in the adapter's folder, `PACKAGES` the packages whose versions a manifest records.
+    merged model in the adapter's folder, `PACKAGES` the packages whose versions a manifest records. If the
+    weights of one of these files, or of the base, are in a file beside it, that one has its name and `.data`.
     """
 
     SHAPES: tuple[str, ...]

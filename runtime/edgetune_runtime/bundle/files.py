@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
 
-from .records import AdapterEntry, Manifest
+from .records import AdapterEntry, FileEntry, Manifest
 
 _LONGEST_PATH_BYTES = 200
 """File systems have names of up to 255 bytes, also for what is written beside a file until it is complete."""
@@ -145,6 +145,17 @@ def files_beside(manifest: Manifest, file: str) -> list[str]:
     return [name for name in manifest.files if name.startswith(folder)]
 
 
+def bytes_of_model(files: Mapping[str, FileEntry], name: str) -> int:
+    """The size of a base, a merged model or an adapter: that of its file, and of one with weights beside it."""
+    return sum(part.bytes for part in _parts_of_model(files, name))
+
+
+def digest_of_model(files: Mapping[str, FileEntry], name: str) -> str:
+    """Hex sha256 of a base, a merged model or an adapter; graphs of models with other weights may be the same file."""
+    first, *others = (part.sha256 for part in _parts_of_model(files, name))
+    return hashlib.sha256(" ".join([first, *others]).encode()).hexdigest() if others else first
+
+
 def files_only_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
     """The files of an adapter that nothing else in the bundle uses."""
     others = [other for other in manifest.adapters.values() if other is not entry]
@@ -195,3 +206,7 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts_of_model(files: Mapping[str, FileEntry], name: str) -> list[FileEntry]:
+    return [files[part] for part in (name, f"{name}.data") if part in files]

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.bundle import Manifest, bytes_of_model, read_manifest
 from edgetune_runtime.wording import first_of, printable
 
 from .options import open_runtime
@@ -54,5 +54,5 @@ def remove(options: argparse.Namespace) -> None:
 
 def _row(manifest: Manifest, name: str) -> dict[str, Any]:
     entry = manifest.adapters[name]
-    sizes = {engine: manifest.files[file].bytes for engine, file in entry.files.items()}
+    sizes = {engine: bytes_of_model(manifest.files, file) for engine, file in entry.files.items()}
     return {"name": name, "method": entry.method, "shapes": dict(entry.shapes), "bytes": sizes}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import ERROR, Manifest, RouterEntry, read_manifest, verify_files
+from edgetune_runtime.bundle import ERROR, Manifest, RouterEntry, bytes_of_model, read_manifest, verify_files
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.processes.child_process import MAX_S
 from edgetune_runtime.processes.confinement import confine, limits_of
@@ -77,7 +77,7 @@ def _recurrence(bundle: Path, opening: OpeningOptions) -> str:
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:
-    return f"{sum(manifest.files[name].bytes for name in names) / 1e6:.1f} MB"
+    return f"{sum(bytes_of_model(manifest.files, name) for name in names) / 1e6:.1f} MB"
 
 
 def generate(options: argparse.Namespace) -> None:

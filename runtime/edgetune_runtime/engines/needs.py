@@ -214,6 +214,3 @@ class EngineNeeds(Protocol):
 
     def recurrence_of(self, sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
         """How many recurrent states of these sizes a sequence holds, and the engine's `max_rollback` with them."""
-
-    def model_bytes(self, manifest: Manifest, file: str) -> int:
-        """Bytes of all files of the model `file` of a bundle."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from edgetune_runtime.bundle import AdapterEntry, Manifest, VerifiedFiles, resolve
+from edgetune_runtime.bundle import AdapterEntry, Manifest, NewAdapter, VerifiedFiles, digest_of_model, resolve
 from edgetune_runtime.decoding.drafts import DraftTable, read_table
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError, VerificationError
@@ -57,6 +57,10 @@ class AdapterFiles:
     def weights_of(self, entry: AdapterEntry) -> str:
         """The name of an adapter's file for the engine; IncompatibleError without one."""
         return file_of(entry.files, self._options.engine, f"adapter {entry.name!r}")
+
+    def digest_of(self, new: NewAdapter) -> str:
+        """The digest that the states of a new adapter are kept under."""
+        return digest_of_model(new.files, self.weights_of(new.entry))
 
     def reading(self, entry: AdapterEntry, file: str) -> AbstractContextManager[Path]:
         """The path of an adapter's file for a block that reads it, checked unless the options say otherwise."""

@@ -19,6 +19,7 @@ from edgetune_runtime.bundle import (
     AdapterEntry,
     Manifest,
     NewAdapter,
+    digest_of_model,
     read_manifest,
     resolve,
     verify_files,
@@ -109,13 +110,13 @@ def _folder_for(new: NewAdapter, bundle: Path, manifest: Manifest) -> str:
 
 def _states_of(bundle: Path, manifest: Manifest, entry: AdapterEntry) -> set[str]:
     """The states in the bundle that an adapter computed."""
-    digests = {manifest.files[file].sha256 for file in entry.files.values()}
+    digests = {digest_of_model(manifest.files, file) for file in entry.files.values()}
     states = set()
     for name in manifest.files:
         if name.startswith(f"{STATES_FOLDER}/"):
             about = read_about(resolve(bundle, name), KIND) or {}
-            spans = json.dumps(about.get("identity", {}).get("spans"))
-            if any(digest in spans for digest in digests):
+            identity = json.dumps(about.get("identity"))
+            if any(digest in identity for digest in digests):
                 states.add(name)
     return states
 

@@ -285,8 +285,7 @@ class LoadedBundle:
         entry, files = new.entry, new.files
         self.files.put(entry.name, new.folder)
         if isinstance(self._running, Pool):
-            digest = files[self.files.weights_of(entry)].sha256
-            self._running.first.shared.know_adapter(entry.name, digest, entry.invocation)
+            self._running.first.shared.know_adapter(entry.name, self.files.digest_of(new), entry.invocation)
         adapters = {**self.manifest.adapters, entry.name: entry}
         self.manifest = replace(self.manifest, adapters=adapters, files={**self.manifest.files, **files})
 

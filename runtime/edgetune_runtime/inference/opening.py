@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import STATES_FOLDER, Manifest, files_beside, resolve, unchanged, verify_files
+from edgetune_runtime.bundle import (
+    STATES_FOLDER,
+    Manifest,
+    digest_of_model,
+    files_beside,
+    resolve,
+    unchanged,
+    verify_files,
+)
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Engine, EngineClass
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
@@ -72,7 +80,7 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
         except UsageError as error:
             _LOG.warning("states of prompts are not saved on disk: %s", error)
     shared = SharedResources(
-        manifest.files[file].sha256,
+        digest_of_model(manifest.files, file),
         int(manifest.base.kv_values_per_token * running.kv_bytes),
         StateCache(options.cache_mb, options.emit),
         Governor(running.threads, adjusts=running.adjusts_threads),
@@ -108,7 +116,7 @@ def open_merged(
         running = _load(engines.load(options.engine), path, options, base.threads)
         store = None if base.prompts is None else base.prompts.store
         prompts, governor = _prompts(bundle, manifest, running, options, store), base.governor.beside()
-        shared = replace(base, base=manifest.files[file].sha256, prompts=prompts, governor=governor)
+        shared = replace(base, base=digest_of_model(manifest.files, file), prompts=prompts, governor=governor)
         return Pool(Context(running, shared))
 
 
@@ -181,7 +189,7 @@ def _prompts(
     bundle: Path, manifest: Manifest, running: Engine, options: OpeningOptions, store: StateStore | None
 ) -> PromptStates:
     digests = {
-        name: manifest.files[entry.files[options.engine]].sha256
+        name: digest_of_model(manifest.files, entry.files[options.engine])
         for name, entry in manifest.adapters.items()
         if options.engine in entry.files
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from edgetune_runtime.bundle import AUTO, GENERATE, Manifest
+from edgetune_runtime.bundle import AUTO, GENERATE, Manifest, bytes_of_model, digest_of_model
 from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
@@ -160,5 +160,5 @@ class Models:
         return RequestError(f"model {name!r} not found", remedy, status=404, param="model", code="model_not_found")
 
     def _info(self, kind: Kind, name: str, file: str) -> ModelInfo:
-        entry = self.manifest.files[file]
-        return ModelInfo(kind, name, None if kind == "base" else self.manifest.name, entry.sha256, entry.bytes)
+        files, parent = self.manifest.files, None if kind == "base" else self.manifest.name
+        return ModelInfo(kind, name, parent, digest_of_model(files, file), bytes_of_model(files, file))

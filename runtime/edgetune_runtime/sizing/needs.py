@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import read_manifest, resolve
+from edgetune_runtime.bundle import bytes_of_model, read_manifest, resolve
 from edgetune_runtime.engines.needs import MB, Needs, adapter_size
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
@@ -104,7 +104,7 @@ def needs_of_bundle(bundle: Path, *, context_length: int | None = None, engine: 
     return replace(
         base,
         adapters={entry.name: adapter_size(manifest, entry, engine) for entry in entries if entry not in merged},
-        merged={entry.name: engine_needs.model_bytes(manifest, entry.files[engine]) for entry in merged},
+        merged={entry.name: bytes_of_model(manifest.files, entry.files[engine]) for entry in merged},
         draft_bytes=sum(manifest.files[entry.draft].bytes for entry in entries if entry.draft),
         constrained=any(entry.output for entry in entries),
     )

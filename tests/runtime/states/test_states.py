@@ -155,6 +155,25 @@ def test_an_adapter_that_was_built_again_has_no_state(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_merged_models_with_one_prompt_have_states_of_their_own(
+    engine: str, open_: Callable[..., Runtime], merged_bundle: Path, tmp_path: Path
+) -> None:
+    names, home = ("whole", "other"), Path(shutil.copytree(merged_bundle, tmp_path / "home"))
+    change_manifest(home, lambda raw: [raw["adapters"][name].update(system=LONG_PROMPTS[0]) for name in names])
+    for is_cold in (True, False):
+        with open_(engine, bundle=home) as runtime:
+            for name in names:
+                timings = runtime.generate(PROMPT, adapter=name, max_tokens=1).timings
+                assert timings.reused_tokens == (0 if is_cold else fixed(runtime, name))
+    # As those that ship with a bundle.
+    (tmp_path / "states").rename(home / STATES_FOLDER)
+    manifest = read_manifest(home)
+    write_manifest(home, manifest.base, manifest.adapters)
+    remove_from_bundle(home, "other")
+    assert len([*(home / STATES_FOLDER).glob("*.kv")]) == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_another_version_of_the_engine_has_states_of_its_own(
     engine: str, open_: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,11 +77,6 @@ def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int 
     return (1 + HYBRID_BRANCHES) * (1 + rollback) + checkpoints_of(size, context_length) + 1, rollback
 
 
-def model_bytes(manifest: Manifest, file: str) -> int:
-    """See `EngineNeeds`."""
-    return manifest.files[file].bytes
-
-
 def needs_of_sizes(
     header: GgufHeader,
     sizes: Mapping[str, int],

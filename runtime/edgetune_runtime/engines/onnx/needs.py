@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.bundle import Manifest, bytes_of_model
 from edgetune_runtime.engines.checkpoints import checkpoints_of
 from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
 from edgetune_runtime.formats import onnx_recurrence
@@ -36,7 +36,7 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
     config, header = read_config(path.with_name(CONFIG_NAME)), read_onnx(path)
     graph = onnx_recurrence.recurrence_of(header)
     states, max_rollback = recurrence_of(RecurrentSizes(graph.values, graph.inputs_per_token), context_length)
-    base_bytes = model_bytes(manifest, manifest.base.files[NAME])
+    base_bytes = bytes_of_model(manifest.files, manifest.base.files[NAME])
     looked_up_bytes, looked_up_parameters = per_layer_embedding(header)
     return Needs(
         base_bytes=base_bytes,
@@ -87,10 +87,3 @@ def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int 
 def rollback_of(inputs_per_token: int) -> int:
     """How many tokens of a step can be dropped, from what convolutions read per token (see `RecurrentSizes`)."""
     return UNDONE - 1 if inputs_per_token else 0
-
-
-def model_bytes(manifest: Manifest, file: str) -> int:
-    """See `EngineNeeds`: the graph, and its weights, which are files of their own beside it."""
-    folder = PurePosixPath(file).parent
-    weights = [name for name in map(PurePosixPath, manifest.files) if name.parent == folder and name.suffix == ".data"]
-    return manifest.files[file].bytes + sum(manifest.files[str(name)].bytes for name in weights)
