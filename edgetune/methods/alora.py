@@ -68,7 +68,8 @@ class Alora(Lora[AloraOptions]):
         tokens = _tokens(options, tokenizer)
         unfit = sum(not any(row.learned[start_of(row.tokens, tokens) + 1 :]) for row in rows)
         if unfit:
-            shown = f"{options.invocation!r}" if options.invocation else f"of tokens {list(tokens)}"
+            text = options.invocation or (None if options.invocation_tokens else _before_answer(tokenizer))
+            shown = f"of tokens {list(tokens)}" if text is None else repr(text)
             remedy = "set invocation to a text in every prompt, with the space before it, or use method lora"
             raise UsageError(f"{unfit} of {len(rows)} rows have nothing to learn after the invocation {shown}", remedy)
         return options.model_copy(update={"invocation_tokens": tokens})

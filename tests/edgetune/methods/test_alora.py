@@ -210,6 +210,8 @@ def test_rows_without_the_invocation_are_refused(tiny_gguf: Callable[[str], Path
             ALORA.prepared(ALORA.options(invocation_tokens=start), tokenizer, rows)
         with pytest.raises(UsageError, match=r"invocation_tokens \[5\] are not the tokens of invocation 'lamp'"):
             ALORA.prepared(ALORA.options(invocation="lamp", invocation_tokens=(5,)), tokenizer, rows)
+        with pytest.raises(UsageError, match=r"after the invocation '.*assistant"):
+            ALORA.prepared(ALORA.options(), tokenizer, rows)
         tokenizer.chat_template = None
         with pytest.raises(UsageError, match="adds no text before an answer; set the method's invocation"):
             ALORA.prepared(ALORA.options(), tokenizer, rows)
