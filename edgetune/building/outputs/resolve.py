@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.decoding.output import OutputSpec
@@ -14,7 +15,7 @@ from edgetune.common.progress import Progress
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 
-from .infer import infer, rejected
+from .infer import infer, rejected, spacing_of
 
 
 def output_of_task(task: Task) -> OutputSpec | None:
@@ -61,10 +62,12 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
     wrong = [rows[place] for place in rejected(spec, (row.completion or "" for row in rows))]
     if wrong:
         examples = first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in wrong])
-        message = (
-            f"adapters.{task.name}.output: {len(wrong)} of {len(rows)} completions break the {spec.kind}: {examples}"
-        )
-        raise UsageError(message, "correct these rows or the output")
+        broken, remedy = f"break the {spec.kind}", "correct these rows or the output"
+        if not rejected(replace(spec, spacing="any"), (row.completion or "" for row in wrong)):
+            broken = f"are JSON with another spacing than {spec.spacing}"
+            remedy = f"set spacing: {spacing_of([row.completion or '' for row in rows])}, or write the rows like that"
+        message = f"adapters.{task.name}.output: {len(wrong)} of {len(rows)} completions {broken}: {examples}"
+        raise UsageError(message, remedy)
 
 
 def _all_answers(rows: Sequence[TaskRow]) -> list[str]:

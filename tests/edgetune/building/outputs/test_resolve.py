@@ -77,6 +77,12 @@ def test_a_given_constraint_is_checked_against_all_rows(
         plan_build(recipe_of(tmp_path, output, wrong))
 
 
+def test_rows_with_another_spacing_are_told_from_rows_that_break_the_schema(tmp_path: Path) -> None:
+    message = "10 of 10 completions are JSON with another spacing than compact: .*; set spacing: spaced, or write"
+    with pytest.raises(UsageError, match=message):
+        resolved(tmp_path, {"schema": SCHEMA, "spacing": "compact"})
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
