@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,11 @@ def verify(
                 checked[export.backend] = {}
                 for adapter in adapters:
                     parity = _adapter_parity(base.path, trained, adapter, export, engine, progress=progress)
-                    checked[export.backend][adapter.name] = asdict(parity)
+                    checked[export.backend][adapter.name] = parity.figures()
                     if export is exports[-1]:
                         trained.forget(adapter.name)
                 plain = trained.logits(model, None)
-                bases[export.backend] = asdict(_base_parity(plain, adapters, export, engine, progress))
+                bases[export.backend] = _base_parity(plain, adapters, export, engine, progress).figures()
     finally:
         trained.threads.restore()
     return ParityReport(bases, checked)
@@ -154,7 +154,8 @@ def compare_formats(
     """Compare the first format's plain base with that of each other format; figures by pair, such as `gguf/onnx`."""
     first, *others = exports
     return {
-        f"{first.backend}/{other.backend}": asdict(_compare_bases(first, other, adapters, progress)) for other in others
+        f"{first.backend}/{other.backend}": _compare_bases(first, other, adapters, progress).figures()
+        for other in others
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -72,14 +72,18 @@ class Parity:
 
     `kl` is the mean KL divergence of the exported from the trained next-token distribution, in nats per token; `top1`
     the share of positions with the same top token; `greedy` the number of leading tokens on which greedy answers agree,
-    the minimum over the prompts; `rows` and `tokens` are the numbers of rows and tokens compared.
+    the minimum over the prompts, None without prompts; `rows` and `tokens` are the numbers of rows and tokens compared.
     """
 
     kl: float
     top1: float
-    greedy: int
+    greedy: int | None
     rows: int
     tokens: int
+
+    def figures(self) -> dict[str, float]:
+        """What was compared, for the manifest."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def compare(
@@ -91,7 +95,7 @@ def compare(
     prompts: Sequence[Sequence[int]] = (),
     max_tokens: int = 16,
 ) -> Parity:
-    """Compare logits on the token `rows` and greedy answers to the token `prompts` (`greedy` is 0 without prompts).
+    """Compare logits on the token `rows` and greedy answers to the token `prompts`.
 
     `starts` are the positions of the rows from which on logits count, by default 1. Those after the first token of a
     row count only if it is the only one: nothing is answered there, and many models have far larger activations at that
@@ -116,7 +120,7 @@ def compare(
         count += len(tokens) - first
     if count == 0:
         raise UsageError("there are no tokens to compare the exported adapter on", "add validation rows")
-    greedy = greedy_agreement(trained, engine, prompts, max_tokens) if prompts else 0
+    greedy = greedy_agreement(trained, engine, prompts, max_tokens) if prompts else None
     return Parity(nats / count, same / count, greedy, len(rows), count)
 
 
