@@ -156,5 +156,5 @@ def size_in_memory(
 def _bytes(file_format: Format, dtype: str, shape: str, trained: TrainedModules, values: Mapping[str, int]) -> int:
     """The size of an adapter's file, of any shape but merged."""
     if shape == "low_rank":
-        return int(file_format.low_rank_bytes(trained.low_rank_sizes, dtype))
+        return int(file_format.low_rank_bytes(trained.base, trained.rank_by_module, dtype))
     return int(file_format.adapter_bytes(values[shape], dtype))

@@ -80,15 +80,14 @@ class TrainedModules:
     ranks: Sequence[int]
 
     @property
-    def low_rank_sizes(self) -> list[tuple[int, int, int]]:
-        """The rank of each module, its rows and its columns."""
-        pairs = zip(self.ranks, self.modules, strict=True)
-        return [(rank, module.rows, module.columns) for rank, module in pairs]
+    def rank_by_module(self) -> list[tuple[SizedModule, int]]:
+        """Each module with its rank."""
+        return [*zip(self.modules, self.ranks, strict=True)]
 
     @property
     def low_rank_values(self) -> int:
         """Numbers in the low-rank factors of all modules."""
-        return sum(rank * module.values_per_rank for rank, module in zip(self.ranks, self.modules, strict=True))
+        return sum(rank * module.values_per_rank for module, rank in self.rank_by_module)
 
 
 class Method(ABC, Generic[O]):

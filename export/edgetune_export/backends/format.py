@@ -9,6 +9,8 @@ from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from pydantic import BaseModel, ConfigDict
 
+from edgetune_export.architectures.shape import BaseShape, SizedModule
+
 IMPORTS_MB = 450.0
 """Resident memory (10^6 bytes) of Python with torch for CPUs, transformers, PEFT and accelerate: measured on x86-64
 Linux."""
@@ -33,9 +35,8 @@ class Format:
 
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
     for it. Those in `low_rank_dtypes` are for low-rank adapters only. `tasks` maps tasks to the module that writes
-    their models. With `links_base` the base's GGUF file ships unchanged. `adapter_factor` is the size of low-rank
-    adapters relative to their numbers. `requantized_kl` has the types that the format may requantize a base to after
-    training, with the largest accepted mean KL.
+    their models. With `links_base` the base's GGUF file ships unchanged. `requantized_kl` has the types that the format
+    may requantize a base to after training, with the largest accepted mean KL.
     """
 
     adapter_dtypes: tuple[str, ...] = ("f32", "f16")
@@ -43,7 +44,6 @@ class Format:
     low_rank_dtypes: tuple[str, ...] = ()
     tasks: Mapping[str, str] = field(default_factory=lambda: {GENERATION: "backend"})
     links_base: bool = False
-    adapter_factor: float = 1.0
     requantized_kl: Mapping[str, float] = field(default_factory=dict)
 
     def writes_floats(self, options: OptionsByFormat) -> bool:
@@ -55,11 +55,10 @@ class Format:
         # An embedding of floats is in an ONNX file a second time if it is the output layer too.
         return max(parameters * _FLOAT, own_bytes) if self.writes_floats(options) else own_bytes
 
-    def low_rank_bytes(self, sizes: Iterable[tuple[int, int, int]], dtype: str) -> float:
-        """Approximate size in bytes of a low-rank adapter, of which `sizes` has each rank with a module's rows and
-        columns."""
-        values = sum(rank * (rows + columns) for rank, rows, columns in sizes)
-        return self.adapter_bytes(values, dtype) * self.adapter_factor
+    def low_rank_bytes(self, base: BaseShape, ranks: Iterable[tuple[SizedModule, int]], dtype: str) -> float:
+        """Approximate size in bytes of a low-rank adapter for `base`, with the `ranks` of its modules."""
+        values = sum(rank * module.values_per_rank for module, rank in ranks)
+        return self.adapter_bytes(values, dtype)
 
     def adapter_bytes(self, values: int, dtype: str) -> float:
         """Size in bytes of so many numbers of an adapter of another shape."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
+from edgetune_export.architectures.shape import BaseShape, SizedModule
 from edgetune_export.backends.format import Format
 
 AUTO = "auto"
@@ -39,13 +40,14 @@ def prefix_type(dtype: str) -> str:
 
 
 class _Gguf(Format):
-    def low_rank_bytes(self, sizes: Iterable[tuple[int, int, int]], dtype: str) -> float:
+    def low_rank_bytes(self, base: BaseShape, ranks: Iterable[tuple[SizedModule, int]], dtype: str) -> float:
         """See `Format.low_rank_bytes`."""
         total = 0.0
-        for own_rank, rows, columns in sizes:
+        for module, own_rank in ranks:
             rank = stored_rank(own_rank, dtype)
-            a_type, b_type = (TENSOR_TYPES[name].bytes_per_value for name in factor_types(dtype, rank, columns))
-            total += rank * (columns * a_type + rows * b_type)
+            types = factor_types(dtype, rank, module.columns)
+            a_type, b_type = (TENSOR_TYPES[name].bytes_per_value for name in types)
+            total += rank * (module.columns * a_type + module.rows * b_type)
         return total
 
     def adapter_bytes(self, values: int, dtype: str) -> float:
