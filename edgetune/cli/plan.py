@@ -103,8 +103,9 @@ def _bundle_lines(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
 def _cells(adapter: AdapterPlan) -> list[str]:
     modules = adapter.target_modules
     named = "-" if modules is None else modules if isinstance(modules, str) else ", ".join(modules)
-    rank = f", rank {adapter.rank}" if adapter.rank else ""
-    sizes = [f"{size / 1e6:.2f}" for size in adapter.bytes_by_format.values()]
+    about = "about " if adapter.guesses_rank else ""
+    rank = f", rank {about}{adapter.rank}" if adapter.rank else ""
+    sizes = [f"{about}{size / 1e6:.2f}" for size in adapter.bytes_by_format.values()]
     rows = adapter.rows
     return [
         adapter.name,

@@ -121,6 +121,11 @@ class AdapterPlan:
         return self.spec.method.options
 
     @property
+    def guesses_rank(self) -> bool:
+        """Whether the trained change decides the rank, and with it the sizes."""
+        return methods.load(self.method).guesses_rank(self.options) and "low_rank" in self.shapes.values()
+
+    @property
     def trainings(self) -> int:
         """How many trainings on all rows take as long as its own and those without a fold."""
         return self.spec.confidence_folds or 1

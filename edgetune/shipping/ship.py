@@ -230,7 +230,12 @@ class _Stage:
 
     def _fold(self, adapter: TrainedAdapter, shape: str) -> Folded:
         assert self.source.model is not None
-        return self.builder.fold(adapter, self.source.model, shape)
+        folded = self.builder.fold(adapter, self.source.model, shape)
+        if isinstance(folded, LowRank) and folded.error:
+            ranks = sorted(delta.rank for delta in folded.modules.values())
+            loss = f"leaves out {folded.error:.1%} of the trained change"
+            self.progress.say(f"  {adapter.name}: rank {ranks[0]} to {ranks[-1]}, {loss}")
+        return folded
 
     def _folder(self, adapter: TrainedAdapter) -> Path:
         return self.work / "adapters" / adapter.name

@@ -206,6 +206,10 @@ class Method(ABC, Generic[O]):
         """The highest rank after folding; 0 for shapes other than low_rank."""
         return 0
 
+    def guesses_rank(self, options: O) -> bool:
+        """Whether the rank after folding depends on the trained change."""
+        return False
+
     def parameter_groups(self, model: torch.nn.Module, options: O, learning_rate: float) -> list[dict[str, Any]]:
         """The optimizer's parameter groups with their learning rates."""
         rate = learning_rate * options.learning_rate_factor

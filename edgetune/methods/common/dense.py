@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from edgetune_export.adapters.factor import truncated
 from edgetune_export.adapters.shapes import Floats, Folded, Merged
+from edgetune_export.architectures.shape import SizedModule
 from pydantic import Field
 
 from .base import Checkpoint
@@ -34,9 +36,14 @@ class DenseMethod(PeftMethod[Any]):
         """A full model, unless `max_error` allows a low-rank adapter."""
         return ("merged",) if options.max_error is None else ("low_rank", "merged")
 
-    def shipped_rank(self, options: DenseOptions) -> int:
-        """A guess, because the rank depends on the trained update."""
-        return 0 if options.max_error is None else GUESSED_RANK
+    def shipped_ranks(self, modules: Sequence[SizedModule], options: DenseOptions) -> list[int]:
+        """A guess, up to the rank that a module can have."""
+        rank = GUESSED_RANK if self.guesses_rank(options) else 0
+        return [min(rank, module.rows, module.columns) for module in modules]
+
+    def guesses_rank(self, options: DenseOptions) -> bool:
+        """Yes, for a low-rank adapter."""
+        return options.max_error is not None
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """The merged weights, or the truncated update of each layer."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from edgetune.building import builders
 from edgetune.building.pipeline import build, export_trained
 from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
+from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.output import OutputOption
 from edgetune.report.facts import facts_of
@@ -209,6 +211,19 @@ def test_a_merged_model_whose_training_is_lost_to_rounding_is_refused(
     recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"rows.jsonl": lights()}, **keys)
     with pytest.raises(VerificationError, match="'whole' loses most of its training in a merged model in q4_0"):
         build(recipe, tmp_path / "home", progress=QUIET)
+
+
+def test_the_rank_that_an_error_allows_is_a_guess_in_the_plan_and_told_once_it_is_known(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = {"cut": adapter_of({"name": "dora", "r": 4, "max_error": 0.3}, golden=False)}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, training={"max_steps": 2})
+    assert main(["plan", str(tmp_path / "recipe.yaml")]) == 0
+    assert re.search(r"rank about 64 .* about 0\.\d\d ", capsys.readouterr().out)
+    listening = Listening()
+    build(recipe, tmp_path / "home", progress=listening)
+    (line,) = [line for line in listening.lines if "leaves out" in line]
+    assert re.fullmatch(r"  cut: rank \d to \d, leaves out [12]\d\.\d% of the trained change", line)
 
 
 def test_a_merged_model_in_float32_is_compared_as_one_of_the_type_that_it_was_rounded_to(
