@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from edgetune_runtime.errors import CancelledError
 
 from edgetune.building import builders
 from edgetune.building.plan import with_download
@@ -38,9 +42,9 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
         base = builder.make_base(plan, work, progress, None)
     items = builder.jobs(plan, planned.tasks, base, progress)
     first = items[0].job
-    with TemporaryDirectory() as folder:
+    with unsaved() as folder:
         load = partial(builder.load_torch, base)
-        result = train_all([short_job(first)], base.name, load, Path(folder), progress, plots=False)[first.name]
+        result = train_all([short_job(first)], base.name, load, folder, progress, plots=False)[first.name]
     left = sum(
         item.plan.trainings * tokens_left(item.job.train, item.job.loss_rows, item.job.training) for item in items
     )
@@ -52,6 +56,16 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     summary += f", without {' and '.join(more)}" if more else ""
     measured = {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
     return plan, measured
+
+
+@contextmanager
+def unsaved() -> Iterator[Path]:
+    """A folder for trainings that is deleted after the block, so that interrupted ones cannot be resumed."""
+    with TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except CancelledError as error:
+            raise CancelledError("interrupted") from error
 
 
 def short_job(job: TrainingJob[Any]) -> TrainingJob[Any]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from edgetune_runtime.processes.interrupts import end_on_interrupt
+from edgetune_runtime.processes.interrupts import end_on_interrupt, interrupt_on_termination
 
 from edgetune.common.failure import PROGRAM, drop_output, fail
 
@@ -49,6 +49,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; an error is printed as one line on standard error."""
     end_on_interrupt()
+    interrupt_on_termination()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     command = typer.main.get_command(app)

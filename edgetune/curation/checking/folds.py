@@ -14,7 +14,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune import bases, methods
 from edgetune.bases import Base
 from edgetune.building import builders
-from edgetune.building.trial import short_job
+from edgetune.building.trial import short_job, unsaved
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked, work_folder
 from edgetune.objectives.base import row_length
@@ -85,8 +84,8 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     except UsageError as error:
         message = f"{error.message} to tell which answers are wrong"
         raise UsageError(message, f"leave out --minutes, or {error.remedy}") from error
-    with TemporaryDirectory() as folder:
-        train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
+    with unsaved() as folder:
+        train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=folder, plots=False)
         speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s
         trial_s = time.monotonic() - started
         options = _within(limit_s - trial_s, speed, whole.job)
@@ -100,7 +99,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         train(jobs, progress=progress)
         # Where the trainings took longer than planned, the rows are judged all the same.
         deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
-        judged = list(_judged(folds, jobs, base, Path(folder), deadline=deadline, progress=progress))
+        judged = list(_judged(folds, jobs, base, folder, deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
     unjudged = sum(map(len, folds)) - len(ranked)
     enough_s = trial_s + _epoch_seconds(speed, whole.job)

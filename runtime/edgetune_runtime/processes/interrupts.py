@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,30 @@ def end_on_interrupt() -> None:
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupt_on_termination() -> None:
+    """Interrupt this process, as Ctrl-C does, on SIGTERM and when its terminal is closed.
+
+    Signals that have a handler, or are ignored as by nohup, keep that. Does nothing outside the main thread. Unix only.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+
+    def interrupt(*_: object) -> None:
+        # A closed terminal sends SIGHUP twice; the second one must not interrupt saving.
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        for descriptor in terminals:
+            # Writing to a closed terminal is an error.
+            if not os.isatty(descriptor):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        signal.raise_signal(signal.SIGINT)
+
+    for number in numbers:
+        signal.signal(number, interrupt)
 
 
 def end_in_order() -> None:

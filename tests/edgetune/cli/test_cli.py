@@ -585,7 +585,10 @@ def test_a_build_on_a_full_disk_ends_in_one_line(run: Run, recipe: Path, small_d
     assert not (small_disk / "home").exists()
 
 
-def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(
+    sent: signal.Signals, recipe: Path, tmp_path: Path
+) -> None:
     flags = ("--out", str(tmp_path / "home"), "--set", "training.max_steps=100000", "--set", "training.evals=20000")
     flags = (*flags, "--set", "training.patience=null")
     # A shell without job control starts background jobs with SIGINT ignored.
@@ -594,9 +597,26 @@ def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(recipe: Path, tm
     state = tmp_path / "home.work/train/reply/state.pt"
     while not state.exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert err.splitlines()[-1].startswith("edgetune: training reply stopped at step ")
     assert state.exists()
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("words", [("data", "check", "--minutes", "9"), ("plan", "--trial")])
+def test_an_interrupted_training_that_is_not_kept_leaves_nothing(
+    words: tuple[str, ...], recipe: Path, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [*EDGETUNE, *words, str(recipe), "--set", "training.batch_size=1"]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    while not [*scratch.glob("tmp*/reply")] and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate()
+    assert (process.returncode, err.splitlines()[-1]) == (130, "edgetune: interrupted")
+    assert not [*scratch.glob("tmp*")]
