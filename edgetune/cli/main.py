@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 from edgetune_runtime.processes.interrupts import end_on_interrupt, interrupt_on_termination
+from edgetune_runtime.processes.streams import flush_output, prepare_streams
 
-from edgetune.common.failure import PROGRAM, drop_output, fail
+from edgetune.common.failure import PROGRAM, fail
 
 from . import data, devices, fleet, keys
 from .augment import augment
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; an error is printed as one line on standard error."""
     end_on_interrupt()
     interrupt_on_termination()
+    prepare_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     command = typer.main.get_command(app)
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as end:
         return end.exit_code
     except BrokenPipeError:
-        drop_output()  # the reader closed the pipe
+        flush_output()  # the reader closed the pipe
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()

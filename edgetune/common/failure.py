@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import typer
-from edgetune_runtime.errors import CancelledError, EdgetuneError, OutOfSpaceError, UsageError
+from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError, error_to_report
+from edgetune_runtime.processes.streams import flush_output
 from edgetune_runtime.wording import printable
 
 PROGRAM = "edgetune"
@@ -24,17 +22,9 @@ _EXPECTED = {
 """What an option needs, by the kind of pydantic's error."""
 
 
-def drop_output() -> None:
-    """Discard further output: Python flushes at exit and would report the error again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def fail(error: BaseException) -> int:
     """Print an error as one line on standard error and return its exit code."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        drop_output()
+    flush_output()
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         return UsageError.exit_code
@@ -47,32 +37,9 @@ def fail(error: BaseException) -> int:
 
 def _reported(error: BaseException) -> EdgetuneError:
     """The error to report to the user for `error`."""
-    full = next((cause for cause in _causes(error) if _is_full_disk(cause)), None)
-    if full is not None and not isinstance(error, OutOfSpaceError):
-        place = getattr(full, "filename", None) or "to the disk"
-        return OutOfSpaceError(f"no space left to write {place}", "free some space and run the command again")
-    if isinstance(error, EdgetuneError):
-        return error
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return CancelledError(str(error) or "interrupted")
-    if isinstance(error, _CommandLineError):
-        return _wrong_command_line(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
-    description = " ".join(f"{type(error).__name__}: {error}".split())
-    return EdgetuneError(f"unexpected {description}", "run the command again with --debug and report it")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    # safetensors and llama.cpp's converter report it only in the text.
-    number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    if isinstance(error, typer.Abort):
+        return CancelledError("interrupted")
+    return _wrong_command_line(error) if isinstance(error, _CommandLineError) else error_to_report(error)
 
 
 def _wrong_command_line(error: Any) -> EdgetuneError:  # noqa: ANN401 - see _CommandLineError

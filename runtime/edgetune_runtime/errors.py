@@ -15,10 +15,15 @@ EdgetuneError                1
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .wording import printable, shortened
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors for a full disk, a used up quota, and a file that is larger than the limit."""
 
 
 class EdgetuneError(Exception):
@@ -122,3 +127,31 @@ def parsing(problem: str, remedy: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise VerificationError(f"{problem}: {shortened(str(error))}", remedy) from error
+
+
+def error_to_report(error: BaseException) -> EdgetuneError:
+    """What a command reports to the user for `error`."""
+    full = next((cause for cause in _causes(error) if _is_out_of_space(cause)), None)
+    if full is not None and not isinstance(error, OutOfSpaceError):
+        place = getattr(full, "filename", None) or "to the disk"
+        return OutOfSpaceError(f"no space left to write {place}", "free some space and run the command again")
+    if isinstance(error, EdgetuneError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return CancelledError(str(error) or "interrupted")
+    if isinstance(error, OSError) and error.filename is not None:
+        return UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
+    description = " ".join(f"{type(error).__name__}: {error}".split())
+    return EdgetuneError(f"unexpected {description}", "run the command again with --debug and report it")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_space(error: BaseException) -> bool:
+    # safetensors and llama.cpp's converter report it only in the text.
+    number = error.errno if isinstance(error, OSError) else None
+    return number in OUT_OF_SPACE or os.strerror(errno.ENOSPC) in str(error)

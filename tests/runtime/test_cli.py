@@ -303,6 +303,22 @@ def test_debug_shows_the_traceback_before_the_line(run: Run, tmp_path: Path) -> 
     assert err.splitlines()[-1].startswith("edgetune-run: ")
 
 
+def test_errors_of_the_system_are_one_line_too(run: Run, bundle: Path) -> None:
+    code, _, err = run("info", "a" * 300)
+    assert (code, err.endswith("/manifest.json: File name too long; check the path and its permissions\n")) == (2, True)
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*RUN, "info", str(bundle)], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        6, "edgetune-run: no space left to write to the disk; free some space and run the command again\n",
+    )  # fmt: skip
+
+
+def test_closed_standard_streams_are_empty(bundle: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" <&- >&-', "sh", *RUN, "generate", str(bundle), "--prompt", "-"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_unexpected_error_is_one_line_too(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runtime, "open", None)
     code, _, err = run("generate", bundle, "--prompt", PROMPT)

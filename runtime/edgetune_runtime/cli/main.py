@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from io import UnsupportedOperation
 from pathlib import Path
 from typing import NoReturn
 
 from edgetune_runtime import __version__
 from edgetune_runtime.bundle.signatures import read_signed_manifest
-from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
+from edgetune_runtime.errors import UsageError, error_to_report
 from edgetune_runtime.processes.interrupts import end_on_interrupt
+from edgetune_runtime.processes.streams import flush_output, prepare_streams
 from edgetune_runtime.server import command as server
 from edgetune_runtime.server.voice import command as wyoming
 from edgetune_runtime.update import command as updating
@@ -50,11 +49,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
     end_on_interrupt()
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            # What was read from before, as by an earlier call in this process, can no longer be changed.
-            with suppress(UnsupportedOperation):
-                stream.reconfigure(errors="replace")
+    prepare_streams()
     options = make_parser().parse_args(arguments)
     try:
         with _logging(debug=options.debug):
@@ -64,17 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader closed the pipe; without this, Python prints an error when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return _fail(CancelledError("interrupted"), debug=False)
-    except EdgetuneError as error:
-        return _fail(error, debug=options.debug)
-    except Exception as error:
-        unexpected = EdgetuneError(
-            f"unexpected {type(error).__name__}: {error}", "run again with --debug and report it"
-        )
-        return _fail(unexpected, debug=options.debug)
+        flush_output()  # the reader closed the pipe
+    except (Exception, KeyboardInterrupt) as error:
+        if options.debug:
+            traceback.print_exc()
+        return _fail(error)
     return 0
 
 
@@ -99,11 +88,11 @@ def _logging(*, debug: bool) -> Iterator[None]:
         loggers[0].setLevel(before)
 
 
-def _fail(error: EdgetuneError, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"{PROGRAM}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-    return error.exit_code
+def _fail(error: BaseException) -> int:
+    flush_output()
+    reported = error_to_report(error)
+    print(f"{PROGRAM}: {printable(' '.join(str(reported).split()))}", file=sys.stderr)
+    return reported.exit_code
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
 import sys
@@ -12,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgetune_runtime.errors import OutOfSpaceError
+from edgetune_runtime.errors import OUT_OF_SPACE, OutOfSpaceError
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "free some space or choose another folder"
 TEMPORARY = ".tmp-"
 """What the names of temporary files contain, which begin with a dot too."""
@@ -49,7 +47,7 @@ def raising_out_of_space(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # numpy's tofile raises OSError without an errno, so check the free space.
-        if error.errno not in _FULL and not (error.errno is None and is_full(out.parent)):
+        if error.errno not in OUT_OF_SPACE and not (error.errno is None and is_full(out.parent)):
             raise
         raise OutOfSpaceError(f"no space left to write {out}", _REMEDY) from error
 

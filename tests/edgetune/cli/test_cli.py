@@ -398,6 +398,14 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert (process.wait(30), told) == (0, b"")
 
 
+@pytest.mark.parametrize(("ending", "encoding"), [(">&-", "utf-8"), ("", "ascii")])
+def test_output_that_cannot_be_written_as_it_is_is_no_error(ending: str, encoding: str) -> None:
+    command = ["sh", "-c", f'exec "$@" <&- {ending}', "sh", *EDGETUNE, "schema"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr, done.stdout[-2:]) == (0, "", "" if ending else "}\n")
+
+
 def test_a_path_that_cannot_be_written_is_one_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert_is_one_error(run("init", tmp_path / "file/recipe.yaml"), 2, "check the path and its permissions")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.formats.atomic import swap_in
+from edgetune_runtime.errors import OutOfSpaceError
+from edgetune_runtime.formats.atomic import replacing, swap_in
 
 SWAPS = """
 import sys
@@ -38,3 +40,14 @@ def test_a_folder_is_there_at_any_moment_of_its_replacement(tmp_path: Path) -> N
         while swapping.poll() is None:
             assert out.is_dir()
     assert swapping.returncode == 0 and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_above_the_limit_of_its_size_is_out_of_space(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OutOfSpaceError, match="no space left"), replacing(tmp_path / "out") as path:
+            path.write_bytes(bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
