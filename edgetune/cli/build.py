@@ -214,14 +214,20 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
     commands: list[list[object]] = [
         *([["edgetune-run", command, result.bundle, "--adapter", name, "--prompt", prompt]] if prompt else []),
         ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data],
-        ["edgetune", "report", result.bundle, "--recipe", path, "--out", f"{result.bundle}.html"],
+        ["edgetune", "report", result.bundle, "--recipe", path, "--out", Path(f"{result.bundle}.html")],
     ]
     if recipe.task_type.offers("fit"):
         commands.append(["edgetune", "devices", "fit", result.bundle, "--device", recipe.device or BOARD_TO_TRY])
     sys.stdout.flush()
     print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
     for words in commands:
-        print(f"  {shlex.join(map(str, words))}", file=sys.stderr)
+        print(f"  {shlex.join(map(_argument, words))}", file=sys.stderr)
+
+
+def _argument(value: object) -> str:
+    text = str(value)
+    # A path that begins with a dash would be read as an option.
+    return f"./{text}" if isinstance(value, Path) and text.startswith("-") else text
 
 
 def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values

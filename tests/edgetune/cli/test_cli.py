@@ -19,7 +19,7 @@ from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.cli.main import main
 from edgetune.recipe.json_schema import json_schema
-from edgetune.recipe.model import TEMPLATE, Recipe
+from edgetune.recipe.model import TEMPLATE
 from edgetune.retraining.learning.kept import recipe_beside
 from edgetune.training.device import may_have_gpu
 
@@ -457,14 +457,18 @@ def test_build_prints_a_table_with_what_happened_to_each_adapter(built: Built, r
     assert lines[-1] == str(bundle)
 
 
-def test_build_ends_with_commands_that_work(built: Built, run: Run) -> None:
-    bundle = built[0]
-    first = next(iter(Recipe.from_file(bundle.parent / "recipe.yaml").adapters.values()))
-    data = Path(str(first.data.train))
-    test = Path(shutil.copy(data, data.with_stem(f"{data.stem}-test")))
-    code, out, err = run("build", bundle.parent / "recipe.yaml", "--out", bundle)
+def test_build_ends_with_commands_that_work(
+    built: Built, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built[0].parent, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    # Paths that could be taken for options.
+    for name in ("recipe.yaml", "home", "home.work"):
+        Path(name).rename(f"-{name}")
+    test = Path(shutil.copy("reply.jsonl", "reply-test.jsonl"))
+    code, out, err = run("build", "./-recipe.yaml", "--out", "./-home")
     commands = [shlex.split(line) for line in err.partition("fits on a board:\n")[2].splitlines()]
-    assert (code, out.splitlines()[-1]) == (0, str(bundle))
+    assert (code, out.splitlines()[-1]) == (0, "-home")
     assert [command[:2] for command in commands] == [
         ["edgetune-run", "generate"],
         ["edgetune", "evaluate"],
@@ -476,7 +480,6 @@ def test_build_ends_with_commands_that_work(built: Built, run: Run) -> None:
     for program, *arguments in commands:
         done = subprocess.run([sys.executable, "-m", modules[program], *arguments], capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
-    test.unlink()
 
 
 def test_flags_override_the_recipe_for_all_adapters(
