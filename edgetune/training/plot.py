@@ -29,6 +29,7 @@ def plot_training(result: TrainResult, title: str, out: Path) -> None:
         start = by_step[result.overfit_step].epoch
         axes.axvspan(start, epochs[-1], color="tab:red", alpha=0.1, label="overfitting")
     axes.set(title=title, xlabel="epoch", ylabel="loss (nats per token)", ylim=(0, None))
-    axes.legend()
+    # "best" takes long on a loaded machine, and then warns.
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
     figure.savefig(out, dpi=120)
