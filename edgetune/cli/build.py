@@ -112,6 +112,7 @@ def build(
         if own and path not in recipe:
             named = {} if base is None else {"base": json.dumps(written_base(base, path.parent))}
             write_settings(path, {**by_adapter, **own, **named})
+            Progress(quiet=quiet).say(f"{path} now has your {', '.join(own)}, also for the next build of these files")
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
             _print_next(path, loaded, result)

@@ -251,6 +251,7 @@ def test_build_makes_the_recipe_of_a_data_file_and_keeps_it_for_the_next_build(
     code, _, err = run("build", data, *flags, "--set", "adapters.tone.training.max_steps=1", "--json")
     assert code == 0, err
     assert f"made the recipe {kept}" in err
+    assert f"{kept} now has your training.precision, adapters.tone.training.max_steps, base, also for" in err
     assert json.loads(run("plan", kept, "--json")[1])["adapters"]["tone"]["metric"] == "label"
     kept.write_text(kept.read_text(encoding="utf-8").replace("Name the tone.", "Which tone?"), encoding="utf-8")
     write_rows(recipe.parent / "tone-test.jsonl", [{"text": "a row without an answer"}])
