@@ -13,7 +13,7 @@ from pathlib import Path
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, Manifest
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.inference.confidence import NOTHING
+from edgetune_runtime.inference.confidence import MAX_LOG_ODDS, NOTHING, confidence
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.text.json_text import json_or_none
 
@@ -58,6 +58,10 @@ def with_confidence(
         if (engine, name) not in failed:
             curves = fit_curves(rated)
             progress.say(f"  {engine} {name}: {described(curves)}")
+            rule = entries[name].unsure
+            if rule is not None and (unsure := _never_sure(curves, rule.min_confidence)):
+                message = f"all {' and '.join(unsure)} answers are below min_confidence {rule.min_confidence:g}"
+                progress.say(f"  {engine} {name}: {message}; lower it, or give more rows for the confidence")
             entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)
 
@@ -115,6 +119,12 @@ def _rated(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progr
         for row in details
         if row.kind is not None and row.log_odds is not None
     ]
+
+
+def _never_sure(curves: Mapping[str, ConfidenceCurve], min_confidence: float) -> list[str]:
+    """The kinds of answers of which none reaches `min_confidence`, however sure the model is."""
+    most = {kind: confidence(curves, kind, MAX_LOG_ODDS) for kind in curves}
+    return [kind for kind, value in most.items() if value is not None and value < min_confidence]
 
 
 def described(curves: Mapping[str, ConfidenceCurve]) -> str:
