@@ -47,8 +47,9 @@ def plan(recipe: AnyRecipe, out: str | Path | None = None, *, into: str | Path |
     """Plan a build: its base, adapters and sizes, the memory, disk and time that it needs, and what the board will do.
 
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
-    by default `build/NAME`, and `into` that of `build`. Raises one EdgetuneError for all problems of the recipe, its
-    base and its rows, and one for an `out` that is something else than a bundle.
+    by default `build/NAME`; `into`, in its place, is a bundle that the adapters would be added to, as by `build`.
+    Raises one EdgetuneError for all problems of the recipe, its base and its rows, one for an `out` that is something
+    else than a bundle, and what `build` raises for a bundle that cannot take the adapters.
     """
     from .building.into import plan_for  # noqa: PLC0415 - numpy and the formats
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,7 @@ def check_rows_file(out: Path, read: Iterable[str | Path]) -> None:
         raise UsageError(f"{out} is not a .jsonl file, and rows are written as JSON lines", "name it .jsonl")
 
 
-def print_json(values: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Print the values as one line of JSON."""
-    print(json.dumps(values, ensure_ascii=False))
+def print_json(values: Mapping[str, Any] | Sequence[Any], indent: int | None = None) -> None:
+    """Print the values as JSON, on one line without `indent`; all of it, whatever the terminal's encoding."""
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(values, indent=indent, ensure_ascii=not is_unicode))

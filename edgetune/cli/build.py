@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,15 +105,18 @@ def build(
     changes, flags = settings_of(settings), {key: f"--{key.rpartition('.')[2]}" for key in given}
     check_set_once(changes, {flag: [key] for key, flag in flags.items()})
     check_engine(engine)
-    path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
+    progress = Progress(quiet=quiet)
+    path = recipe_to_build(recipe, out, base, progress)
     own = changes | given
     loaded, by_adapter = _load(path, own, flags, training)
     result = edgetune.build(loaded, out, shown_unless(quiet), into=into, engine=engine, converter=converter)
     if result.figures:
         if own and path not in recipe:
             named = {} if base is None else {"base": json.dumps(written_base(base, path.parent))}
-            write_settings(path, {**by_adapter, **own, **named})
-            Progress(quiet=quiet).say(f"{path} now has your {', '.join(own)}, also for the next build of these files")
+            lost = write_settings(path, {**by_adapter, **own, **named})
+            progress.say(f"{path} now has your {', '.join(own)}, also for the next build of these files")
+            if lost:
+                progress.say(f"but {', '.join(lost)} not: set them in the files of its adapters")
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
             _print_next(path, loaded, result)
@@ -209,7 +213,9 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
     labels = result.trained[name].plan.labels
     command = "classify" if labels else "generate"
     # A test file often has no answers.
-    test = test_beside(spec.data) if test_rows_beside(spec.data, labels) else None
+    test = None
+    with suppress(UsageError):  # the bundle is built, whatever is in that file
+        test = test_beside(spec.data) if test_rows_beside(spec.data, labels) else None
     data = test or spec.data.validation or spec.data.train
     prompt = result.prompts.get(name)
     commands: list[list[object]] = [

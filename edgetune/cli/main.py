@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -18,6 +17,7 @@ from edgetune_runtime.processes.streams import flush_output, prepare_streams
 from edgetune.common.failure import PROGRAM, fail
 
 from . import data, devices, fleet, keys
+from .arguments import print_json
 from .augment import augment
 from .bases import bases
 from .build import build, export
@@ -100,7 +100,7 @@ def schema() -> None:
     """Print the JSON schema of recipes for editors."""
     from edgetune.recipe.json_schema import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print_json(json_schema(), indent=2)
 
 
 # By the titles of the groups in --help.

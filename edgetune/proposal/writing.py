@@ -56,19 +56,21 @@ def write_recipe(target: Path, files: Sequence[Path], base: str | None, *, name:
             write_file(example, source.read_bytes())
 
 
-def write_settings(recipe: Path, settings: Mapping[str, Any]) -> None:
+def write_settings(recipe: Path, settings: Mapping[str, Any]) -> list[str]:
     """Set dotted keys of a recipe file, as `Recipe.from_file` takes them; its comments stay.
+
+    Returns the keys that are in other files, those of its adapters.
 
     `edgetune learn` and `rebase` read the recipe beside a bundle, and train as its build did.
     """
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = sys.maxsize, True
     values = yaml.load(recipe.read_text(encoding="utf-8"))
-    for key, value in settings.items():
-        override(values, key, value, model_at)
+    lost = [key for key, value in settings.items() if override(values, key, value, model_at)]
     text = StringIO()
     yaml.dump(values, text)
     write_file(recipe, text.getvalue())
+    return lost
 
 
 def _check_same(recipe: Path, files: Sequence[Path]) -> None:

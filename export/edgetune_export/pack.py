@@ -37,6 +37,8 @@ Check = Callable[[Manifest], None]
 _MARGIN_BYTES = 1 << 20
 # File systems take 255 bytes, of which `.NAME.tmp-PROCESS` needs 13 for more than the name.
 _LONGEST_NAME = 242
+# Of the files in an adapter's folder.
+_ADAPTER_SUFFIXES = (".gguf", ".onnx", ".data", ".onnx_adapter", ".bin", ".json", ".jinja")
 
 
 def pack(
@@ -113,6 +115,8 @@ def _may_be_left_over(name: str, listed: Collection[str]) -> bool:
     path = PurePosixPath(name)
     if path.name.startswith(".") and TEMPORARY in path.name:
         return True
+    if path.parts[0] == "adapters" and (len(path.parts) < 3 or path.suffix not in _ADAPTER_SUFFIXES):
+        return False
     folder = "/".join(path.parts[:2])
     return path.parts[0] in ("adapters", STATES_FOLDER) and not any(each.startswith(f"{folder}/") for each in listed)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,9 +143,12 @@ def test_files_of_killed_changes_are_replaced_with_the_bundle(work: Path, tmp_pa
         (out / name).touch()
     pack(work, out, MANIFEST)
     assert {*files_below(out)} == {*read_manifest(out).files, MANIFEST_NAME}
-    (out / "adapters/command/notes.txt").touch()
-    with pytest.raises(UsageError, match=r"not part of the bundle, such as adapters/command/notes\.txt"):
-        check_destination(out)
+    for name in ("adapters/command/notes.txt", "adapters/mine.bin", "adapters/mine/rows.csv"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+        with pytest.raises(UsageError, match=f"not part of the bundle, such as {re.escape(name)}"):
+            check_destination(out)
+        (out / name).unlink()
 
 
 def test_the_folder_of_the_shell_is_not_replaced(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,8 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
         broken, remedy = f"break the {spec.kind}", "correct these rows or the output"
         if not rejected(replace(spec, spacing="any"), (row.completion or "" for row in wrong)):
             broken = f"are JSON with another spacing than {spec.spacing}"
-            remedy = f"set spacing: {spacing_of([row.completion or '' for row in rows])}, or write the rows like that"
+            spacing = spacing_of([row.completion or "" for row in rows])
+            remedy = f"set spacing: {spacing}, or write all rows with spacing {spec.spacing}"
         message = f"adapters.{task.name}.output: {len(wrong)} of {len(rows)} completions {broken}: {examples}"
         raise UsageError(message, remedy)
 

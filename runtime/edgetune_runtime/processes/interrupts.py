@@ -23,9 +23,10 @@ def end_on_interrupt() -> None:
 def interrupt_on_termination() -> None:
     """Interrupt this process, as Ctrl-C does, on SIGTERM and when its terminal is closed.
 
-    Signals that have a handler, or are ignored as by nohup, keep that. Does nothing outside the main thread. Unix only.
+    Signals that have a handler, or are ignored as by nohup, keep that. Does nothing outside the main thread
+    or on Windows.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         return
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]

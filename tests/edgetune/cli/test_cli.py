@@ -628,7 +628,7 @@ def test_an_interrupted_training_that_is_not_kept_leaves_nothing(
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     while not [*scratch.glob("tmp*/reply")] and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate()
     assert (process.returncode, err.splitlines()[-1]) == (130, "edgetune: interrupted")
     assert not [*scratch.glob("tmp*")]

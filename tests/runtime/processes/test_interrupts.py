@@ -10,9 +10,10 @@ import pytest
 # It opens the terminal as the first one of its session, and so is sent SIGHUP when that is closed.
 ON_TERMINAL = 'exec "$2" -c "$3" "$4" <"$1" >"$1" 2>&1'
 WORK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from edgetune_runtime.processes.interrupts import interrupt_on_termination
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests with nohup ignores it
 interrupt_on_termination()
 try:
     print("ready", flush=True)
