@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from edgetune_export import backends
@@ -33,6 +33,9 @@ from .arguments import (
     shown_unless,
     targets_of,
 )
+
+if TYPE_CHECKING:
+    from edgetune.recipe.data import DataSpec
 from .tables import print_table
 
 BOARD_TO_TRY = "pi-5"
@@ -114,7 +117,8 @@ def build(
         if own and path not in recipe:
             named = {} if base is None else {"base": json.dumps(written_base(base, path.parent))}
             lost = write_settings(path, {**by_adapter, **own, **named})
-            progress.say(f"{path} now has your {', '.join(own)}, also for the next build of these files")
+            reasons = "its comments are about the values before"
+            progress.say(f"{path} now has your {', '.join(own)}, also for the next build of these files; {reasons}")
             if lost:
                 progress.say(f"but {', '.join(lost)} not: set them in the files of its adapters")
         _print_build(result.to_json(), as_json=as_json)
@@ -207,16 +211,10 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
 
     On standard error, so that the bundle's path stays the last line of standard output.
     """
-    from edgetune.curation.checking.check import test_beside, test_rows_beside
-
     name, spec = next(iter(recipe.adapters.items()))
-    labels = result.trained[name].plan.labels
-    command = "classify" if labels else "generate"
-    # A test file often has no answers.
-    test = None
-    with suppress(UsageError):  # the bundle is built, whatever is in that file
-        test = test_beside(spec.data) if test_rows_beside(spec.data, labels) else None
-    data = test or spec.data.validation or spec.data.train
+    plan = result.trained[name].plan
+    command = "classify" if plan.labels else "generate"
+    data = _test_file(spec.data, plan.labels, plan.metric) or spec.data.validation or spec.data.train
     prompt = result.prompts.get(name)
     commands: list[list[object]] = [
         *([["edgetune-run", command, result.bundle, "--adapter", name, "--prompt", prompt]] if prompt else []),
@@ -229,6 +227,20 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
     print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
     for words in commands:
         print(f"  {shlex.join(map(_argument, words))}", file=sys.stderr)
+
+
+def _test_file(data: DataSpec, labels: Sequence[str], metric: str) -> str | None:
+    """The test file beside the training rows if all its rows have answers, which many such files have not."""
+    from edgetune.curation.checking.check import test_beside
+    from edgetune.tasks.data import read_rows
+    from edgetune.tasks.metrics import check_answered
+
+    test = test_beside(data)
+    with suppress(UsageError):
+        if test is not None:
+            check_answered(read_rows(test, data.columns, labels=labels or None), metric)
+            return test
+    return None
 
 
 def _argument(value: object) -> str:

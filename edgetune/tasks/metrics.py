@@ -94,7 +94,7 @@ def check_scorable(rows: Sequence[TaskRow], metric: Metric) -> None:
             raise UsageError(message, "correct it, or choose another metric, such as exact")
 
 
-def check_answered(rows: Sequence[TaskRow], metric: Metric) -> None:
+def check_answered(rows: Sequence[TaskRow], metric: str) -> None:
     """UsageError for a row of plain text, unless the metric is perplexity: all others compare answers."""
     texts = [row.where for row in rows if row.completion is None]
     if texts and metric != "perplexity":

@@ -26,7 +26,8 @@ def adding_to(out: Path) -> Iterator[Callable[[str], None]]:
             _lock(file, out)
             text = out.read_bytes()
             last = text.rpartition(b"\n")[2]
-            if last.startswith(b"{") and json_or_none(last.decode(errors="replace")) is None:
+            is_cut = last.startswith(b"{") and not last.rstrip(b" \t\r,").endswith(b"}")
+            if is_cut and json_or_none(last.decode(errors="replace")) is None:
                 file.truncate(len(text) - len(last))
         yield partial(_add, file, out)
 

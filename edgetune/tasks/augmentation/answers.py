@@ -119,10 +119,11 @@ class Answer:
         function = {"": self.value[place]["name"]} if self.has_calls else {}
         return {**{name: _of_field(values) for name, values in by_field.items()}, **function}
 
-    def has_offsets(self, prompt: str) -> bool:
+    def has_offsets(self, prompt: str, least_word: int = 0) -> bool:
         """Whether a number is where a text of the answer begins in the prompt, and another one its end or its length.
 
-        They count characters, or words if the prompt does not say them. Most changes of the prompt make them wrong.
+        They count characters, or words if the prompt does not say them and one of them is `least_word` or more. Most
+        changes of the prompt make them wrong.
         """
         values, said = [value for _, value in self.scalars()], prompt.lower()
         texts = {value.lower() for value in values if isinstance(value, str) and value}
@@ -130,7 +131,7 @@ class Answer:
         told = {str(number) for number in said_numbers(said)}
         untold = Counter({number: count for number, count in numbers.items() if str(number) not in told})
         return _has_places(said, texts, numbers) or any(
-            _has_places(split(said), map(split, texts), untold) for split in (str.split, _TOKEN.findall)
+            _has_places(split(said), map(split, texts), untold, least_word) for split in (str.split, _TOKEN.findall)
         )
 
     def with_scalars(self, changes: Mapping[FieldPath, Scalar]) -> Any:  # noqa: ANN401 - any JSON value
@@ -154,10 +155,13 @@ class Answer:
         return row.with_turns(turns)
 
 
-def _has_places(said: Sequence[str], texts: Iterable[Sequence[str]], numbers: Counter[int]) -> bool:
+def _has_places(said: Sequence[str], texts: Iterable[Sequence[str]], numbers: Counter[int], least: int = 0) -> bool:
     """Whether one of the numbers is the place of a text in `said`, and another one its end or its length."""
     return any(
-        any(numbers[other] > (other == start) for other in (start + len(text), start + len(text) - 1, len(text)))
+        any(
+            numbers[other] > (other == start) and max(start, other) >= least
+            for other in (start + len(text), start + len(text) - 1, len(text))
+        )
         for text in texts
         for start in numbers
         if text and said[start : start + len(text)] == text

@@ -27,6 +27,8 @@ from .values import SlottedRow, Values
 
 _TRIES = 3
 """Attempts at a copy whose prompt no other row has."""
+_BEYOND_FLAGS = 2
+"""The least number that is no flag."""
 _DRAWS = 8
 """Attempts at other numbers in the same order."""
 _SPEAKERS = ("user", "assistant")
@@ -110,6 +112,9 @@ class _Maker:
     ) -> None:
         self._rows, self._spec, self._labels = rows, spec, frozenset(labels)
         self._slotted = {id(row): item for row in rows if (item := SlottedRow.of(row)) is not None}
+        # Where few rows have the places of later words, 0 and 1 are no and yes.
+        placed = [item.answer.has_offsets(prompt_of(item.row), _BEYOND_FLAGS) for item in self._slotted.values()]
+        self._least_word = 0 if 2 * sum(placed) >= len(placed) else _BEYOND_FLAGS
         self._values = Values(list(self._slotted.values()), spec.values, schema)
         self._numbers: dict[str, list[str]] = {}
         self._answers: dict[str, set[str]] = {}
@@ -129,7 +134,7 @@ class _Maker:
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
         """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
         prompt, item = prompt_of(row), self._slotted.get(id(row))
-        if not prompt if item is None else item.answer.has_offsets(prompt):
+        if not prompt if item is None else item.answer.has_offsets(prompt, self._least_word):
             return None
         for attempt in range(_TRIES):
             changed, changes = self._changed(row, random.Random(f"{seed}/{attempt}"))

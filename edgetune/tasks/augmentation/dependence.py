@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from .answers import NO_VALUE, Answer, Scalar
@@ -21,9 +22,20 @@ def is_fixed(field: str, unsaid: Collection[str], records: Sequence[Record]) -> 
     return any(_depends(field, other, records) for other in unsaid) or _is_computed(field, unsaid, records)
 
 
-def may_need(field: str, others: Collection[str], records: Sequence[Record]) -> bool:
-    """Whether another value of the field would need others in these fields, or nothing shows that it would not."""
-    return is_fixed(field, others, records) or any(is_tied(field, other, records) for other in others)
+class Needs:
+    """Tells what other values of fields may need, as far as these records show; what they show of two is kept."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._depends = cache(lambda field, other: _depends(field, other, records) or is_tied(field, other, records))
+        self._has_numbers = cache(partial(_has_numbers, records=records))
+        self._names = cache(partial(_names, records=records))
+
+    def may_need(self, field: str, others: Collection[str]) -> bool:
+        """Whether another value of the field would need others in these fields, or nothing shows that it would not."""
+        return any(
+            self._depends(field, other) or (self._has_numbers(field, other) and self._names(other) <= {*others})
+            for other in others
+        )
 
 
 def _depends(field: str, other: str, records: Sequence[Record]) -> bool:
@@ -104,19 +116,26 @@ def selects(other: str, field: str, records: Sequence[Record]) -> bool:
     return 2 * len({record[other] for record in records if other in record and field in record}) < len(values)
 
 
-def _is_computed(field: str, unsaid: Iterable[str], records: Sequence[Record]) -> bool:
-    """Whether a number may be a part of a sum or a product: an unsaid field has different numbers beside it."""
+def _is_computed(field: str, unsaid: Collection[str], records: Sequence[Record]) -> bool:
+    """Whether a number may be a part of a sum or a product: an unsaid field has different numbers beside it.
+
+    Not those in a text that a name determines which prompts say.
+    """
+    return any(_has_numbers(field, other, records) and _names(other, records) <= {*unsaid} for other in unsaid)
+
+
+def _has_numbers(field: str, other: str, records: Sequence[Record]) -> bool:
+    """Whether a field has different numbers beside those of another one."""
     own = [record for record in records if has_number(record.get(field))]
-    found = {other: {value for record in own if has_number(value := record.get(other))} for other in unsaid}
-    return any(len(values) > 1 and not _is_id(other, unsaid, records) for other, values in found.items())
+    return len({value for record in own if has_number(value := record.get(other))}) > 1
 
 
-def _is_id(field: str, unsaid: Iterable[str], records: Sequence[Record]) -> bool:
-    """Whether a name that prompts say determines a text, and so no number does."""
+def _names(field: str, records: Sequence[Record]) -> set[str]:
+    """The fields of names that determine the texts of a field."""
     own = [record for record in records if isinstance(record.get(field), str)]
-    names = {key for record in own for key, value in record.items() if not has_number(value)}.difference(unsaid)
-    both = ([(record[name], record[field]) for record in own if name in record] for name in names)
-    return any(_determines(pairs, _BY_CHANCE) for pairs in both)
+    names = {key for record in own for key, value in record.items() if not has_number(value)}
+    both = {name: [(record[name], record[field]) for record in own if name in record] for name in names}
+    return {name for name, pairs in both.items() if _determines(pairs, _BY_CHANCE)}
 
 
 def has_number(value: Scalar | None) -> bool:

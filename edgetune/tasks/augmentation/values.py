@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgetune_runtime.wording import first_of, suggestion
 from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
-from .dependence import counting_fields, decided_keys, has_number, is_fixed, is_tied, may_need, selects
+from .dependence import Needs, counting_fields, decided_keys, has_number, is_fixed, is_tied, selects
 from .numbers import YEAR, numbers_in, order, said_numbers
 from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, has_value, mentions_of, slots_of, with_values
@@ -101,7 +101,7 @@ class Values:
         by_lists = {field for item in rows for field in _reordered_lists(item)}
         by_lists |= counting_fields(item.answer for item in rows)
         self._fixed = {field for field in open_fields if field in by_lists or is_fixed(field, self._unmentioned, last)}
-        self._may_need = cache(partial(may_need, records=last))
+        self._needs = Needs(last)
         self._decided = {field: decided_keys(field, records) for field in open_fields}
         self._tied = {
             field: {other for other in self._unmentioned if is_tied(field, other, last)} for field in open_fields
@@ -210,7 +210,7 @@ class Values:
         for part in map(answer.part_of, slot.paths):
             having = {field for field, value in answer.record(part).items() if value != NO_VALUE}
             unsaid = {field for field in having - self._unmentioned if (part, field) not in said}
-            if self._may_need(slot.field, frozenset(unsaid)):
+            if self._needs.may_need(slot.field, unsaid):
                 return True
         return False
 

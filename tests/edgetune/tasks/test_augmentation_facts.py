@@ -115,6 +115,15 @@ def test_answers_with_the_places_of_words_have_no_copies(end: Callable[[int, int
     assert copied([*rows, asked("2 of beer for 3", what="beer", count=2, hours=3)], copies=9, noise=1)
 
 
+def test_flags_are_no_places_of_words() -> None:
+    rows = [
+        asked(f"{verb} {what} for us", action=verb, what=what, shuffle=int(verb == "mix"), repeat=int(verb == "play"))
+        for verb in ("play", "mix")
+        for what in ("jazz", "blues", "soul", "folk")
+    ]
+    assert copied(rows, copies=2, noise=1)
+
+
 def test_a_value_that_the_prompt_has_already_is_not_used() -> None:
     negated = (("kitchen", "study"), ("study", "porch"))
     rows = [asked(f"light the {room}, not the {other}", room=room) for room, other in negated]
