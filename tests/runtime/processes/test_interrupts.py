@@ -12,8 +12,9 @@ ON_TERMINAL = 'exec "$2" -c "$3" "$4" <"$1" >"$1" 2>&1'
 WORK = """
 import signal, sys, time
 from pathlib import Path
-from edgetune_runtime.processes.interrupts import interrupt_on_termination
+from edgetune_runtime.processes.interrupts import end_on_interrupt, interrupt_on_termination
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests with nohup ignores it
+end_on_interrupt()
 interrupt_on_termination()
 try:
     print("ready", flush=True)
