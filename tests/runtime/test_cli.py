@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, __version__
-from edgetune_runtime.bundle import ERROR, ConfidenceCurve, UnsureRule
+from edgetune_runtime.bundle import ERROR, ConfidenceCurve, UnsureRule, read_manifest
 from edgetune_runtime.cli import machine
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest
@@ -34,6 +34,12 @@ def test_info_prints_the_manifest(run: Run, bundle: Path) -> None:
     names = ["bundle", "base", "adapter", "adapter", "adapter", "opening"]
     assert [line.split()[0] for line in out.splitlines()] == names
     assert "M parameters, f16, " in out
+
+
+def test_info_counts_weights_beside_a_graph_once(run: Run, both_of: Callable[[str], Path]) -> None:
+    bundle = both_of("llama")
+    megabytes = sum(entry.bytes for entry in read_manifest(bundle).files.values()) / 1e6
+    assert f", {megabytes:.1f} MB, " in run("info", bundle)[1].splitlines()[0]
 
 
 def test_info_shows_how_the_bundle_would_be_opened(run: Run, bundle: Path) -> None:

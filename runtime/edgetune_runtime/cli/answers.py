@@ -33,9 +33,10 @@ def info(options: argparse.Namespace) -> None:
         print(manifest.to_json(), end="")
         return
     base = manifest.base
+    whole = _megabytes(entry.bytes for entry in manifest.files.values())
     weights = f"{base.parameters / 1e6:.0f} M parameters, {base.types_in(next(iter(base.files)))}"
     lines = [
-        f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens",
+        f"bundle    {manifest.name}, {whole}, context {manifest.context_length} tokens",
         f"base      {base.name}: {base.architecture}, {weights}, {_size(manifest, base.files.values())}",
     ]
     for entry in manifest.adapters.values():
@@ -77,7 +78,11 @@ def _recurrence(bundle: Path, opening: OpeningOptions) -> str:
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:
-    return f"{sum(bytes_of_model(manifest.files, name) for name in names) / 1e6:.1f} MB"
+    return _megabytes(bytes_of_model(manifest.files, name) for name in names)
+
+
+def _megabytes(sizes: Iterable[int]) -> str:
+    return f"{sum(sizes) / 1e6:.1f} MB"
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -34,17 +34,21 @@ _DISTANCE, _LEAD = 3.0, 1.5
 """Weights of the distance to training prompts and of the lead of those of a label, in log odds per spread. More of the
 distance finds more texts out of scope, more of the lead orders right and wrong labels of texts of the task better and
 of others worse (measured on CLINC150, BANKING77 and a home assistant)."""
-_MAX_LEAD = 10.0
+MAX_LEAD = 10.0
 """In spreads; those of BANKING77's 77 labels are below 5. Few labels can be 100 apart, and no distance would count."""
 
 Matrix = npt.NDArray[np.float32]
 
 
 class Similarities(NamedTuple):
-    """The cosine between the state after a prompt and the nearest one of each label, and their spread in training."""
+    """The cosine between the state after a prompt and the nearest one of each label, and their spread in training.
+
+    A label that leads by more than `max_lead` spreads counts as one that leads by these.
+    """
 
     nearest: Mapping[str, float]
     spread: float
+    max_lead: float = MAX_LEAD
 
     def scope_log_odds(self, log_odds: float) -> float:
         """How sure it is that the prompt is of the task, in log odds, from those of its likeliest label."""
@@ -54,7 +58,7 @@ class Similarities(NamedTuple):
         """How sure it is that the label is right, in log odds, from the model's own."""
         own = self.nearest.get(label, max(self.nearest.values()))
         other = max((value for name, value in self.nearest.items() if name != label), default=own)
-        lead = min((own - other) / self.spread, _MAX_LEAD)
+        lead = min((own - other) / self.spread, self.max_lead)
         return log_odds + _LEAD * lead - _DISTANCE * (1 - own) / self.spread
 
 
@@ -64,12 +68,14 @@ class TrainingPrompts:
 
     `basis` [tokens, width] maps the logits of `compared_tokens` to a state; `directions` [prompts, width] are states of
     length 1. `spread` is the standard deviation of the cosines between each of them and the nearest other one.
+    `max_lead` is what the adapter's curves of confidence were fitted with (see `Similarities`).
     """
 
     basis: Matrix
     labels: tuple[str, ...]
     directions: Matrix
     spread: float
+    max_lead: float = MAX_LEAD
 
     @classmethod
     def of(cls, basis: npt.NDArray[np.floating], logits: Iterable[tuple[str, Logits]]) -> TrainingPrompts:
@@ -91,7 +97,8 @@ class TrainingPrompts:
             raise VerificationError(message, COPY_BUNDLE_AGAIN)
         cosines = (self.directions @ _direction(self.basis, logits)).tolist()
         # Of the cosines of a label, the last and highest one stays.
-        return Similarities(dict(sorted(zip(self.labels, cosines, strict=True), key=itemgetter(1))), self.spread)
+        nearest = dict(sorted(zip(self.labels, cosines, strict=True), key=itemgetter(1)))
+        return Similarities(nearest, self.spread, self.max_lead)
 
 
 def compared_tokens(vocabulary: int) -> npt.NDArray[np.int64]:
@@ -108,7 +115,8 @@ def write_prompts(path: Path, prompts: TrainingPrompts) -> None:
     """Write `similarity.bin`; OutOfSpaceError on a full disk."""
     data = b"".join(matrix.astype("<f2").tobytes() for matrix in (prompts.basis, prompts.directions))
     tokens, width = prompts.basis.shape
-    about = {"tokens": tokens, "labels": prompts.labels, "width": width, "spread": prompts.spread}
+    numbers = {"spread": prompts.spread, "max_lead": prompts.max_lead}
+    about = {"tokens": tokens, "labels": prompts.labels, "width": width, **numbers}
     write_checked(path, KIND, about, memoryview(data))
 
 
@@ -121,7 +129,9 @@ def read_prompts(path: Path) -> TrainingPrompts:
         if min(tokens, len(labels), width) < 1:
             raise ValueError(f"it has {tokens} tokens, {len(labels)} prompts and {width} values per state")
         spread = float(stored.about["spread"])
+        # Files without it are of curves that were fitted without a limit.
+        max_lead = float(stored.about.get("max_lead", math.inf))
         values = np.frombuffer(stored.data, "<f2").reshape(tokens + len(labels), width).astype(np.float32)
-        if not np.isfinite(values).all() or not _SMALLEST_SPREAD <= spread < math.inf:
-            raise ValueError("it has values that are not finite, or no spread")
-        return TrainingPrompts(values[:tokens], labels, values[tokens:], spread)
+        if not np.isfinite(values).all() or not _SMALLEST_SPREAD <= spread < math.inf or not max_lead > 0:
+            raise ValueError("it has values that are not finite, no spread, or no lead")
+        return TrainingPrompts(values[:tokens], labels, values[tokens:], spread, max_lead)

@@ -10,6 +10,7 @@ from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.checked_file import write_checked
 from edgetune_runtime.inference.similarity import (
     KIND,
+    MAX_LEAD,
     TrainingPrompts,
     compared_tokens,
     read_prompts,
@@ -37,7 +38,17 @@ def test_similarity_is_the_cosine_to_the_nearest_state_of_each_label(tmp_path: P
         assert prompts.similarities(HEAD @ state).nearest == pytest.approx(nearest, abs=2e-3)
     unit = STATES / np.linalg.norm(STATES, axis=1, keepdims=True)
     others_of = [np.delete(unit @ state, place).max() for place, state in enumerate(unit)]
+    assert prompts.max_lead == MAX_LEAD
     assert prompts.spread == pytest.approx(float(np.std(others_of)), abs=2e-3)
+
+
+def test_a_file_without_a_greatest_lead_has_none(tmp_path: Path) -> None:
+    """A curve that was fitted without it would call right answers unsure with it."""
+    data = np.array([1, 0, 1, 0], "<f2").tobytes()
+    about = {"tokens": 1, "labels": ["a"], "width": 2, "spread": 0.1}
+    write_checked(tmp_path / "similarity.bin", KIND, about, memoryview(data))
+    similarities = read_prompts(tmp_path / "similarity.bin").similarities(np.ones(1, np.float32))
+    assert similarities._replace(nearest={"a": 1.0, "b": -1.0}).label_log_odds("a", 0.0) == pytest.approx(30.0)
 
 
 def test_states_of_a_base_with_another_vocabulary_are_refused() -> None:
@@ -55,6 +66,8 @@ def test_states_of_a_base_with_another_vocabulary_are_refused() -> None:
         ({"spread": None}, bytes(8)),
         ({"spread": 0.0}, bytes(8)),
         ({"spread": "nan"}, bytes(8)),
+        ({"max_lead": 0}, bytes(8)),
+        ({"max_lead": "nan"}, bytes(8)),
         ({}, np.array([1, np.nan, 0, 1], "<f2").tobytes()),
     ],
 )

@@ -268,6 +268,8 @@ def save_model(model: ir.Model, folder: Path) -> None:
     for node in model.graph:
         # torch's exporter writes stack traces with paths of this machine.
         node.metadata_props.clear()
+    # The builder adds the commit of a git repository around its package.
+    model.producer_version = (model.producer_version or "").partition("+")[0]
     folder.mkdir(parents=True, exist_ok=True)
     data_file = f"{GRAPH}.data"
     written: dict[bytes, int] = {}

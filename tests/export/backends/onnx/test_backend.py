@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -157,6 +158,11 @@ def test_a_quantized_graph_is_close_to_torch_on_the_same_weights(
 @pytest.mark.parametrize("held", ["f16", "q4_0"])
 def test_the_checker_of_onnx_passes(held: str, made: Made) -> None:
     onnx.checker.check_model(made("llama", "plain", held))
+
+
+def test_a_graph_names_no_commit_of_a_repository_around_the_environment(made: Made) -> None:
+    model = onnx.load(made("llama", "plain", "f16"), load_external_data=False)
+    assert model.producer_version == version("onnxruntime-genai")
 
 
 @pytest.mark.parametrize("options", [AUTO, FP32])
