@@ -238,12 +238,12 @@ def test_chat_with_adapters_that_cannot_be_used_reads_no_line(
 
 
 def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(
-    run: Run, bundle: Path, tmp_path: Path
+    run: Run, both_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     # A rule that would end the measurement, if it applied.
     curves = {"gguf": {"value": asdict(ConfidenceCurve(3, 1.0))}}
     rule = {"confidence": curves, "unsure": asdict(UnsureRule(1.0, ERROR))}
-    bundle = shutil.copytree(bundle, tmp_path / "home")
+    bundle = shutil.copytree(both_of("llama"), tmp_path / "home")
     change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(rule))
     code, out, err = run("bench", bundle, "--json")
     told = json.loads(out)
@@ -265,7 +265,7 @@ def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(
     assert set(told["decode_tokens_per_s"]["adapters"]) == {"command", "tone", "whole"}
     assert min(told["answer_ms"].values()) > 0
     assert set(told["tokens_per_step"]) == {"command", "tone", "whole"}
-    files = [path for path in (bundle / "adapters").rglob("*") if path.is_file()]
+    files = (bundle / "adapters").rglob("*.gguf")
     assert told["adapter_mb"] == pytest.approx(sum(path.stat().st_size for path in files) / 1e6)
     assert told["rss_mb"] > 10
     assert "switching 1200 times" in err

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice, pairwise
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from edgetune_runtime.bundle import MARK, AdapterEntry
+from edgetune_runtime.bundle import MARK, bytes_of_model
 from edgetune_runtime.engines.base import Engine
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -38,9 +37,9 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
     adapter divided by that of the base right before. `answer_ms` is the median time
     of an answer of at most 64 tokens, with the adapter's output constraint and drafts, and `tokens_per_step` its mean
     number of tokens per step, per adapter. `rss_mb` is the resident memory of this process with all adapters except
-    merged ones, `adapter_mb` the size of the adapters' files, both in 10^6 bytes. `state_mb` is the size of the largest
-    state of a fixed prompt, `state_restore_ms` the median time to restore it. A figure that the bundle or the system
-    cannot provide is None.
+    merged ones, `adapter_mb` the size of all adapters in this engine's format, both in 10^6 bytes. `state_mb` is the
+    size of the largest state of a fixed prompt, `state_restore_ms` the median time to restore it. A figure that the
+    bundle or the system cannot provide is None.
 
     `busy` names other load or throttling seen before the start, in one line, or is None. `slow` is true when the steps
     lacked cores or took much longer than the fastest ones. The figures are then not representative of the machine.
@@ -67,6 +66,7 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         speeds = [base, *(speed for pair in pairs.values() for speed in pair)]
         progress("whole answers")
         answers = {entry.name: _answers(runtime, entry.name) for entry in entries}
+        sizes = [bytes_of_model(runtime.manifest.files, entry.files[runtime.engine]) for entry in entries]
         return {
             "engine": runtime.engine,
             "threads": runtime.threads,
@@ -86,7 +86,7 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
             "answer_ms": {name: answer.answer_ms for name, answer in answers.items()},
             "tokens_per_step": {name: answer.tokens_per_step for name, answer in answers.items()},
             "rss_mb": rss_mb,
-            "adapter_mb": sum(_bytes_of(runtime, entry) for entry in entries) / 1e6,
+            "adapter_mb": sum(sizes) / 1e6,
         }
 
 
@@ -163,14 +163,6 @@ def _state_restore(runtime: Runtime, names: list[str | None]) -> tuple[float | N
             times_ms.append((time.perf_counter() - begin) * 1e3)
         context.reset()
     return len(state) / 1e6, statistics.median(times_ms)
-
-
-def _bytes_of(runtime: Runtime, entry: AdapterEntry) -> int:
-    """Size of an adapter's files for the running engine: all files of its folder except those of other engines."""
-    first = PurePosixPath(entry.files[runtime.engine])
-    others = {file for engine, file in entry.files.items() if engine != runtime.engine}
-    files = runtime.manifest.files.items()
-    return sum(file.bytes for name, file in files if PurePosixPath(name).parent == first.parent and name not in others)
 
 
 def _switches(runtime: Runtime, names: list[str]) -> dict[str, float]:
