@@ -23,6 +23,7 @@ from edgetune_runtime.bundle import (
     verify_files,
     with_present_formats,
 )
+from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.bundle.parts import LONGEST_PART
 from edgetune_runtime.bundle.records import MOST_AUTHORS
 from edgetune_runtime.bundle.signatures import (
@@ -133,7 +134,7 @@ def pull(
     interrupted call has fetched. `out` changes when everything was verified. Raises the errors of the store;
     UsageError if `out` has other files; VerificationError if bytes do not have their digest, if the artifact is not
     a bundle, if it is not signed by a key in `trusted_keys`, or if it is not the newest release of `trusted_channel` by
-    the metadata that refers to it; OutOfSpaceError without room.
+    the metadata that refers to it; OutOfSpaceError without room; BusyError if another process changes `out`.
     """
     check_destination(out)
     data = checked_manifest(store)
@@ -160,7 +161,8 @@ def pull(
                 step.update()
         _place(received, manifest.files, folder)
         flush_tree(folder)
-        swap_in(folder, out)
+        with locked(out):
+            swap_in(folder, out)
         work_folder.clear(work)
     return store.reference.by_digest(digest)
 

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 from edgetune_runtime.bundle import read_manifest, verify_files
+from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.errors import (
+    BusyError,
     EdgetuneError,
     NotFoundError,
     OutOfSpaceError,
@@ -193,6 +195,19 @@ def test_a_registry_that_lists_referrers_itself_is_asked_for_all_of_them(bundle:
     with replying(reply) as host:
         pull(f"oci://{host}/home:v1", tmp_path / "out", trusted_channel=trusted)
     assert contents(tmp_path / "out") == contents(bundle)
+
+
+def test_a_bundle_that_another_process_changes_is_not_replaced(bundle: Path, tmp_path: Path) -> None:
+    layout, out = tmp_path / "layout", tmp_path / "out"
+    push(bundle, f"oci-layout:{layout}:v1")
+    pull(f"oci-layout:{layout}:v1", out)
+    write_bundle(bundle, "two")
+    push(bundle, f"oci-layout:{layout}:v2")
+    with locked(out), pytest.raises(BusyError, match=f"another process changes bundle {out}"):
+        pull(f"oci-layout:{layout}:v2", out)
+    assert (out / "answer.txt").read_text() == "one"
+    pull(f"oci-layout:{layout}:v2", out)
+    assert contents(out) == contents(bundle)
 
 
 def test_a_folder_with_other_files_is_not_replaced(place: str, bundle: Path, tmp_path: Path) -> None:
