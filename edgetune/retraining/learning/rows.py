@@ -81,8 +81,11 @@ def learned_rows(
     rows = {prompt: [*same.values()][-1] for prompt, same in corrections.items()}
     rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
     corrected = {prompt: row for prompt, row in rows.items() if prompt_of(row) not in kept_apart}
+    left_out = len(rows) - len(corrected)
     if len(corrected) < MIN_CORRECTIONS:
-        message = f"the log has {len(corrected)} corrected answers of adapter {task.name!r} to new prompts"
+        message = f"the log has {len(rows)} new corrected answers of adapter {task.name!r}"
+        if left_out:
+            message += f"; {left_out} have prompts for validation or the confidence, which leaves {len(corrected)}"
         message += f", fewer than {MIN_CORRECTIONS}" + (f"; left out: {first_of(unfit)}" if unfit else "")
         raise TooFewCorrectionsError(message, "correct more answers, or label some with --ask N")
     plain = {prompt: prompt_of(row) for prompt, row in corrected.items()}
@@ -94,7 +97,6 @@ def learned_rows(
     kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
     made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]
     several = [row.prompt for prompt, row in corrected.items() if len(corrections[prompt]) > 1]
-    left_out = len(rows) - len(corrected)
     return LearnedRows([*kept, *learned], validation, held_out, len(learned), made, left_out, unfit, several)
 
 

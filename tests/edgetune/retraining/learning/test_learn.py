@@ -289,7 +289,7 @@ def test_a_bundle_that_changed_meanwhile_stays(home: Path) -> None:
 
 def test_corrections_that_do_not_fit_are_left_out_and_named(home: Path) -> None:
     log = logged(home, [*corrections(3), *({**each, "prompt": "please " * 400} for each in corrections(1))])
-    with pytest.raises(UsageError, match=r"has 3 corrected .*; left out: log:\w+: it does not fit in the context"):
+    with pytest.raises(UsageError, match=r"has 3 new corrected .*; left out: log:\w+: it does not fit in the context"):
         run(home, log)
 
 
@@ -335,7 +335,7 @@ def test_corrections_of_all_adapters_that_cannot_be_answers_are_refused_at_once(
     ("answers", "message"),
     [
         ([{"prompt": "play"}], "none of the 1 answers in the log is a corrected one"),
-        (corrections(3), "3 corrected answers of adapter 'light' to new prompts, fewer than 4"),
+        (corrections(3), "3 new corrected answers of adapter 'light', fewer than 4"),
         ([{"prompt": "turn on", "adapter": None, "correction": "on"}], "none of the 1 answers"),
         ([{"prompt": "turn on", "adapter": "gone", "correction": "on"}], "none of the 1 answers"),
     ],

@@ -77,6 +77,9 @@ def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_pa
     assert (rows.learned, len(rows.held_out), rows.left_out) == (3, 1, 2)
     (said,) = doubts(task, rows)
     assert said == "left out 2 corrections of prompts for validation or the confidence: correct those rows"
+    told = "has 5 new corrected answers .*; 2 have prompts for validation or the confidence, which leaves 3, fewer"
+    with pytest.raises(TooFewCorrectionsError, match=told):
+        learned_rows(task, corrected(*FINE[:3], *apart))
 
 
 def test_earlier_answers_of_conversations_are_kept_apart_too(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_corrections_that_were_learned_before_are_learned_no_second_time(tmp_pat
     second = learned_rows(task, corrected(*FINE, *more))
     assert (second.learned, len(second.held_out), second.left_out) == (3, 1, 0)
     assert {row.prompt for row in first.train} < {row.prompt for row in second.train}
-    with pytest.raises(TooFewCorrectionsError, match="has 0 corrected answers of adapter 'home' to new prompts, fewer"):
+    with pytest.raises(TooFewCorrectionsError, match="has 0 new corrected answers of adapter 'home', fewer than 4"):
         learned_rows(task, corrected(*FINE))
     other = replace(first.train[-1], completion='{"do": "off", "area": "hall"}')
     settled = learned_rows(replace(task, train=[*task.train, other]), corrected(*FINE, *more))
