@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
 import edgetune
+from edgetune.common.command_line import command_line
 
 from .arguments import (
     AsJson,
@@ -226,7 +226,7 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
     sys.stdout.flush()
     print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
     for words in commands:
-        print(f"  {shlex.join(map(_argument, words))}", file=sys.stderr)
+        print(f"  {command_line(*words)}", file=sys.stderr)
 
 
 def _test_file(data: DataSpec, labels: Sequence[str], metric: str) -> str | None:
@@ -241,12 +241,6 @@ def _test_file(data: DataSpec, labels: Sequence[str], metric: str) -> str | None
             check_answered(read_rows(test, data.columns, labels=labels or None), metric)
             return test
     return None
-
-
-def _argument(value: object) -> str:
-    text = str(value)
-    # A path that begins with a dash would be read as an option.
-    return f"./{text}" if isinstance(value, Path) and text.startswith("-") else text
 
 
 def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values

@@ -14,6 +14,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.wording import printable
 
 from edgetune import bases
+from edgetune.common.command_line import command_line
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow, rows_of
@@ -146,8 +147,8 @@ def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) ->
     lines = [
         f"Made by edgetune from {names}, with the reason for each setting.",
         "Change what you like, then:",
-        f"  edgetune plan {path}",
-        f"  edgetune build {path} --out build/{recipe.name}",
+        f"  {command_line('edgetune', 'plan', path)}",
+        f"  {command_line('edgetune', 'build', path, '--out', Path('build', recipe.name))}",
         "All keys are in docs/recipe.md; `device: pi-4` checks that the bundle fits on a board.",
     ]
     if all(spec.metric == "label" for spec in recipe.adapters.values()):

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from edgetune_export.pack import check_destination
 from edgetune_runtime.errors import UsageError
 from ruamel.yaml import YAML
 
@@ -24,7 +25,8 @@ from .recipe import DEFAULT_BASE, default_name, recipe_for
 def recipe_to_build(paths: Sequence[Path], out: Path | None, base: str | None, progress: Progress) -> Path:
     """The recipe among `paths`, or else the one for these data files beside the bundle, which is written if missing.
 
-    UsageError for a mixture of both, and if the recipe beside the bundle is for other data.
+    UsageError for a mixture of both, for data files also what `check_destination` raises, and if the recipe beside the
+    bundle is for other data.
     """
     files = [path for path in paths if is_data(path)]
     if not files and len(paths) == 1:
@@ -33,6 +35,7 @@ def recipe_to_build(paths: Sequence[Path], out: Path | None, base: str | None, p
     if other is not None:
         raise UsageError(f"{other} is not a data file", "give one recipe, or data files only")
     bundle = named(out or Path("build") / default_name(files))
+    check_destination(bundle)
     recipe = beside(bundle, ".yaml")
     if recipe.exists():
         _check_same(recipe, files)

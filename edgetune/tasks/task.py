@@ -87,8 +87,9 @@ class Task:
     def sample_prompt(self) -> str:
         """What a user says in a validation row: a short text that no command takes for an option."""
         texts = (last_user_text(list(row.messages)) if row.messages else row.prompt for row in self.validation)
-        fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
-        return " ".join(next(fitting, _ANY_PROMPT).split())
+        lines = (" ".join((text or "").split()) for text in texts)
+        fitting = (line for line in lines if 0 < len(line) <= _SAMPLE_CHARACTERS and not line.startswith("-"))
+        return next(fitting, _ANY_PROMPT)
 
     @property
     def compared_rows(self) -> list[TaskRow]:

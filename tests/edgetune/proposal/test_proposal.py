@@ -288,6 +288,15 @@ def test_a_base_that_must_be_downloaded_first_gives_an_estimate(write: Write) ->
     assert "the longest row of t has about 1,0" in made.text
 
 
+def test_the_commands_in_a_recipe_work_for_any_path(
+    write: Write, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = recipe_for([write("kinds.jsonl", KINDS)], base=base, path=Path("-my recipe.yaml")).text
+    assert "#   edgetune plan './-my recipe.yaml'\n" in text
+    assert "#   edgetune build './-my recipe.yaml' --out build/kinds\n" in text
+
+
 def test_files_are_relative_to_the_recipe_and_roles_are_read_from_names(
     write: Write, propose: Make, tmp_path: Path
 ) -> None:
@@ -385,13 +394,19 @@ def test_texts_of_users_are_quoted_as_yaml_needs(write: Write, propose: Make) ->
     assert propose(write("t.jsonl", rows)).adapters["t"].labels == tuple(sorted(labels))
 
 
-def test_the_recipe_of_a_bundle_in_the_current_folder_is_beside_it(
+def test_the_recipe_is_beside_the_bundle_whatever_path_names_it(write: Write, base: str, tmp_path: Path) -> None:
+    recipe = recipe_to_build([write("kinds.jsonl", KINDS)], tmp_path / "home/parts/..", base, QUIET)
+    assert (recipe, Recipe.from_file(recipe).name) == (tmp_path / "home.yaml", "home")
+
+
+def test_no_recipe_is_made_for_a_bundle_that_cannot_be_written(
     write: Write, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
-    recipe = recipe_to_build([write("kinds.jsonl", KINDS)], Path(), base, QUIET)
-    assert (recipe, Recipe.from_file(recipe).name) == (tmp_path / "home.yaml", "home")
+    with pytest.raises(UsageError, match="is the folder that you are in"):
+        recipe_to_build([write("kinds.jsonl", KINDS)], Path(), base, QUIET)
+    assert not (tmp_path / "home.yaml").exists()
 
 
 @pytest.mark.parametrize("name", ["2024", "1e5", "null", "true", 105 * "n"])

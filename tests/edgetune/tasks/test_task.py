@@ -67,6 +67,14 @@ def test_validation_rows_that_are_training_rows_are_doubted_with_each_metric(met
     assert doubt.startswith("4 of 4 validation rows have the prompt of a training row")
 
 
+def test_the_sample_prompt_is_no_option_of_a_command(tmp_path: Path) -> None:
+    held_out = [{"prompt": prompt, "completion": "on"} for prompt in ("-on", " -on", "lamp\n on")]
+    adapter = {**adapter_of(), "data": {"train": "rows.jsonl", "validation": "more.jsonl"}}
+    data = {"rows.jsonl": lights(10), "more.jsonl": held_out}
+    task = read_task("command", make_recipe(tmp_path, "base.gguf", {"command": adapter}, data=data))
+    assert task.sample_prompt == "lamp on"
+
+
 def test_a_system_prompt_that_no_training_row_uses_is_doubted(tmp_path: Path) -> None:
     def doubts(system: str, own: str | None) -> tuple[str, ...]:
         first = [] if own is None else [{"role": "system", "content": own}]
