@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.plain_prompts import plain, plain_prompt
+from edgetune.tasks.plain_prompts import plain, plain_prompt, without_system
 
-from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TRAIN, Finding, SplitRow
+from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TRAIN, VALIDATION, Finding, SplitRow
 
 Ints = NDArray[np.int64]
 Key = TypeVar("Key", bound=Hashable)
@@ -48,6 +48,20 @@ def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Fi
                 yield Finding.of(NEAR_SHARED, cluster)
             elif len(set(map(_answer_of, cluster))) == 1:
                 yield Finding.of(NEAR_REPEAT, cluster)
+    yield from _under_other_systems(rows, has_one_answer=has_one_answer)
+
+
+def _under_other_systems(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
+    """Rows of several splits whose prompts differ in the words of the system prompt alone.
+
+    As in `split`, the system prompt is what a prompt is about that has more rows than are for validation.
+    """
+    most = sum(item.split == VALIDATION for item in rows)
+    for same in _grouped(rows, lambda item: plain_prompt(without_system(item.row))).values():
+        for alike in _grouped(same, lambda item: _answer_of(item) if has_one_answer else None).values():
+            is_shared = len({item.split for item in alike}) > 1 and len(set(map(_before, alike))) > 1
+            if is_shared and len(same) <= most:
+                yield Finding.of(NEAR_SHARED, alike, "the same prompt under another system prompt")
 
 
 def same_prompts(

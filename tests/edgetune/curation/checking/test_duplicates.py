@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgetune.curation.checking.duplicates import NEAR, duplicates, near
-from edgetune.curation.checking.findings import TEST, TRAIN, SplitRow
+from edgetune.curation.checking.findings import TEST, TRAIN, VALIDATION, SplitRow
 from edgetune.tasks.data import rows_of
 
 WORDS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
@@ -86,3 +86,12 @@ def test_a_long_system_prompt_makes_no_prompts_alike_or_different() -> None:
 def test_another_date_in_the_system_prompt_makes_no_prompts_different() -> None:
     days = [asked("switch everything off please", f"Today is 2024-{date}.") for date in ("01-07", "01-28", "11-03")]
     assert found(*rows(TRAIN, *days[:2]), *rows(TEST, days[2])) == [("near_shared", ("train:0", "train:1", "test:0"))]
+
+
+def test_few_prompts_that_other_splits_have_under_another_system_prompt_are_found() -> None:
+    held_out = [asked(text, "You are at home.") for text in ("good night", "lights off", "who is there")]
+    trained = [asked("Good night!", "You are in a car."), asked("stop", "You are in a car.")]
+    assert found(*rows(TRAIN, *trained), *rows(VALIDATION, *held_out)) == [("near_shared", ("train:0", "validation:0"))]
+    # Where more rows ask the same than are held out, the system prompt is what they ask about.
+    states = [asked("good night", f"The room is {word}.") for word in WORDS]
+    assert not found(*rows(TRAIN, *states), *rows(VALIDATION, *held_out))
