@@ -67,6 +67,7 @@ def plan_build(
         with _collected(problems):
             task = read_task(name, recipe)
             _check_labels(task)
+            _check_texts(task)
             tasks.append(replace(task, folds=fold_tasks(task, recipe)))
             outputs[name] = output_of_task(tasks[-1])
             if recipe.route is not None and name in (recipe.route.adapters or recipe.adapters):
@@ -107,6 +108,15 @@ def _check_labels(task: Task) -> None:
     if task.metric == "label" and len(task.labels) < 2:
         message = f"adapter {task.name!r}: all rows have the label {task.labels[0]!r}"
         raise UsageError(message, "add rows of another label, or set out_of_scope, which adds one")
+
+
+def _check_texts(task: Task) -> None:
+    """UsageError for rows of plain text that the method cannot learn from."""
+    method, rows = task.spec.method, (*task.trained_rows, *task.choosing)
+    try:
+        methods.load(method.name).check_texts(method.options, [row.where for row in rows if row.messages is None])
+    except UsageError as error:
+        raise UsageError(f"adapter {task.name!r}: {error.message}", error.remedy) from error
 
 
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from edgetune.objectives.example import Example
 
 
+_REMEDY = "set invocation to a text in every prompt, with the space before it, or use method lora"
+
+
 class AloraOptions(LoraOptions):
     """Options of LoRA, and the invocation from which on it acts."""
 
@@ -70,9 +73,14 @@ class Alora(Lora[AloraOptions]):
         if unfit:
             text = options.invocation or (None if options.invocation_tokens else _before_answer(tokenizer))
             shown = f"of tokens {list(tokens)}" if text is None else repr(text)
-            remedy = "set invocation to a text in every prompt, with the space before it, or use method lora"
-            raise UsageError(f"{unfit} of {len(rows)} rows have nothing to learn after the invocation {shown}", remedy)
+            raise UsageError(f"{unfit} of {len(rows)} rows have nothing to learn after the invocation {shown}", _REMEDY)
         return options.model_copy(update={"invocation_tokens": tokens})
+
+    def check_texts(self, options: AloraOptions, texts: Sequence[str]) -> None:
+        """Raise UsageError if the invocation is what the chat template puts before an answer."""
+        if texts and options.invocation is None and not options.invocation_tokens:
+            message = f"{len(texts)} rows of plain text, such as {texts[0]}, have nothing to learn after the invocation"
+            raise UsageError(f"{message}, which by default the chat template puts before an answer", _REMEDY)
 
     def check(self, options: AloraOptions, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
         """Raise UsageError as lora does, and for the output layer."""

@@ -171,6 +171,9 @@ class Method(ABC, Generic[O]):
     def check_files(self, options: O) -> None:
         """Raise NotFoundError or UsageError for a file of the options that cannot be read."""
 
+    def check_texts(self, options: O, texts: Sequence[str]) -> None:
+        """Raise UsageError if the method cannot learn from rows of plain text; `texts` is where these are."""
+
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """Whether this method loads a folder with this adapter_config.json, which may come from elsewhere."""
         return "peft_type" in vars(type(self)) and config.get("peft_type") == self.peft_type

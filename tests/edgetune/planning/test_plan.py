@@ -139,6 +139,18 @@ def test_rows_of_one_label_are_refused_unless_out_of_scope_adds_another(
         plan_build(alone)
 
 
+def test_plain_texts_without_the_invocation_of_alora_are_refused_before_the_base_is_made(tmp_path: Path) -> None:
+    rows = {"rows.jsonl": [{"text": f"turn the lamp {number} on"} for number in range(20)]}
+    by_default, by_text = (
+        make_recipe(tmp_path, "org/not-downloaded", {"a": adapter_of(method={"name": "alora", **options})}, data=rows)
+        for options in ({}, {"invocation": " lamp"})
+    )
+    assert plan_build(by_text).plan.adapters["a"].method == "alora"
+    told = "adapter 'a': 20 rows of plain text, such as .*rows.jsonl:.*, have nothing to learn after the invocation, .*"
+    with pytest.raises(UsageError, match=f"{told}; set invocation to a text in every prompt"):
+        plan_build(by_default)
+
+
 def test_a_base_that_is_not_downloaded_has_no_quantizations_to_measure_yet(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "org/base", quantization="auto")
     base = choose_settings(recipe, {}, None).base
