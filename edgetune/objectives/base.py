@@ -55,6 +55,9 @@ class Objective(Protocol[R_contra]):
     def learned(self, row: R_contra) -> int:
         """Number of learned predictions in the row."""
 
+    def kept_bytes(self, rows: Iterable[R_contra]) -> int:
+        """Memory of the host, not of a GPU, that is kept for the rows after their first pass."""
+
     def shared(self, rows: Sequence[R_contra]) -> int:
         """Number of first tokens, the same in all rows, that a batch of them computes once."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,10 @@ class PackedObjective:
     def learned(self, row: Example) -> int:
         """Number of learned tokens."""
         return sum(row.learned)
+
+    def kept_bytes(self, rows: Iterable[Example]) -> int:
+        """Nothing is kept."""
+        return 0
 
     def shared(self, rows: Sequence[Example]) -> int:
         """The length of their common prefix."""

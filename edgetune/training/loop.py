@@ -142,13 +142,10 @@ class _Run:
         vocabulary = getattr(self.base.config, "vocab_size", 0)
         cost = pass_cost(self.train_rows, self.tuned, self._loss_of_row, before=before, vocabulary=vocabulary)
         if cost is not None:
+            rows = (*self.train_rows, *self.validation)
+            kept = self.objective.kept_bytes(rows)
             self.passes = passes_within(
-                cost,
-                self.training,
-                (*self.train_rows, *self.validation),
-                accelerator=self.accelerator,
-                trained=self.counts[0],
-                name=self.name,
+                cost, self.training, rows, self.accelerator, trained=self.counts[0], kept_bytes=kept, name=self.name
             )
             # Checkpoint the first layers: the backward pass reaches them last, when the other layers' memory is free.
             self.checkpointed = layers_of(self.tuned)[-self.passes.layers :][: self.passes.checkpointed]

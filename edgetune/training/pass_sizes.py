@@ -48,13 +48,15 @@ def passes_within(
     cost: PassCost,
     training: TrainingSpec,
     rows: Sequence[TrainingRow],
-    *,
     accelerator: Accelerator,
+    *,
     trained: int,
+    kept_bytes: int,
     name: str,
 ) -> PassPlan:
     """The largest passes that fit in the recipe's limit and the free memory, with `trained` parameters.
 
+    `kept_bytes` are those that the objective will keep of the machine's memory.
     Also sets whether the process keeps freed memory. UsageError if the recipe's limit allows no pass.
     """
     device = accelerator.device
@@ -62,7 +64,7 @@ def passes_within(
     give_back_freed_memory()
     # A launcher's processes share the machine's memory; each has a GPU to itself.
     sharing = accelerator.num_processes if device.type == "cpu" else 1
-    states = state_mb(trained)
+    states = state_mb(trained) + (kept_bytes / 1e6 if device.type == "cpu" else 0)
     planned = plan_passes(
         cost,
         longest_row=max(map(row_length, rows)),

@@ -6,7 +6,7 @@ for. It is `classifier` of the PEFT model, and is saved beside the adapter as he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,10 @@ class Classify:
     def learned(self, _row: Labelled) -> int:
         """One prediction per row."""
         return 1
+
+    def kept_bytes(self, rows: Iterable[Labelled]) -> int:
+        """Nothing is kept."""
+        return 0
 
     def shared(self, rows: Sequence[Labelled]) -> int:
         """None: the tokens of an encoder see those after them."""

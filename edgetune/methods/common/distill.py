@@ -6,7 +6,7 @@ et al. 2025, arXiv:2506.06266). The loss is the KL divergence of their predictio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,8 @@ from .prompt_model import States, after_states, states_in
 
 # The teacher's top tokens are kept, and the total probability of the others: full distributions need too much memory.
 _TOP = 256
+# Of a token in int32, and of a log-probability in float32.
+_NUMBER_BYTES = 4
 # Tokens of a document that are read in one pass.
 _CHUNK = 256
 
@@ -66,6 +68,10 @@ class Distill(PackedObjective):
         """The base takes packed rows, and has read as much of the document as fits in its context."""
         super().prepare(base)
         self._states = _read(base, self.document[: base.config.max_position_embeddings - 1])
+
+    def kept_bytes(self, rows: Iterable[Example]) -> int:
+        """The teacher's predictions: see `Lesson`."""
+        return (_TOP + _TOP + 1) * _NUMBER_BYTES * sum(map(self.learned, {*rows}))
 
     def batch(self, rows: Sequence[Example]) -> Distilled:
         """The rows packed one after another."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -286,6 +287,22 @@ def test_the_teacher_of_a_cartridge_is_exact_while_int8_trains(document: str, ba
     assert base.training
     base.eval().set_attn_implementation("sdpa")
     torch.testing.assert_close(found.log_probabilities, expected.log_probabilities)
+
+
+def test_what_a_teacher_says_counts_as_memory_of_the_training(document: str, base_of: BaseOf, tmp_path: Path) -> None:
+    base, rows = base_of("llama"), [random_row(number, 120, (), 20) for number in range(300)]
+    objective = Distill(range(60, 120))
+    objective.prepare(base)
+    lesson = objective._lesson(base, rows[0])
+    base.set_attn_implementation("sdpa")
+    assert objective.kept_bytes(rows[:1] * 2) == lesson.tokens.nbytes + lesson.log_probabilities.nbytes
+    needed = []
+    for some in (rows[:1], rows):
+        work = replace(job("cartridge", {"document": document}, memory_mb=5), train=some)
+        with pytest.raises(UsageError, match="training reply needs at least") as error:
+            train(base, work, tmp_path, QUIET)
+        needed.append(int(str(error.value).split("set it to ")[1].split()[0]))
+    assert needed[1] - needed[0] == pytest.approx(objective.kept_bytes(rows[1:]) / 1e6, abs=15)
 
 
 def test_a_prefix_begins_as_the_states_of_its_text(base_of: BaseOf) -> None:
