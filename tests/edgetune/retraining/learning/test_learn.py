@@ -450,6 +450,7 @@ def test_nothing_is_trained_when_the_input_ends_before_the_questions(
     before = (home / "manifest.json").read_bytes()
     recipe = str(home.with_name(NAME))
     assert main(["learn", str(home), "--log", str(log), "--ask", "6", "--recipe", recipe]) == 2
+    sys.stdin.close()  # the null device in place of none
     assert "the input ended before the questions did; the replies so far are in the log; end" in capsys.readouterr().err
     assert (home / "manifest.json").read_bytes() == before
     given = [entry for entry in read_logs(home, [log], QUIET.say) if entry.messages[0]["content"].startswith("dim")]
