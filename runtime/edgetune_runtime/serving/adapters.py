@@ -57,7 +57,9 @@ class LoadedAdapters:
 
     def __init__(self, loader: AdapterLoader, current: Callable[[], Entries], limit_mb: float) -> None:
         self._loader, self._current, self._limit_mb = loader, current, limit_mb
-        self._changed = threading.Condition()
+        # Not entered through the condition, as in `Places`.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         # The least recently used first.
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._is_changing = self._is_closed = False
@@ -65,7 +67,7 @@ class LoadedAdapters:
     @property
     def names(self) -> list[str]:
         """The names of the adapters that are loaded, the least recently used first."""
-        with self._changed:
+        with self._lock:
             return list(self._loaded)
 
     @contextmanager
@@ -76,13 +78,15 @@ class LoadedAdapters:
         adapter that was removed, IncompatibleError for adapters that exceed the limit by themselves, UsageError when it
         would wait for streams of this thread alone, and what loading raises.
         """
-        self._acquire(entries, holder, check)
         try:
+            self._acquire(entries, holder, check)
             yield
         finally:
-            with self._changed:
-                for name in entries:
-                    self._loaded[name].users.remove(holder)
+            with self._lock:
+                for loaded in [self._loaded[name] for name in entries if name in self._loaded]:
+                    # It is none where it was not acquired, as after Ctrl-C.
+                    if holder in loaded.users:
+                        loaded.users.remove(holder)
                 self._changed.notify_all()
 
     @contextmanager
@@ -97,13 +101,13 @@ class LoadedAdapters:
 
     def pin(self, entries: Entries) -> None:
         """Load adapters and never drop them for others; same errors as `use`."""
-        with self.use(entries, Holder()), self._changed:
+        with self.use(entries, Holder()), self._lock:
             for name in entries:
                 self._loaded[name].is_pinned = True
 
     def require_room(self, sizes: Mapping[str, int]) -> None:
         """Raise IncompatibleError for adapters of these bytes that exceed the limit beside those that are pinned."""
-        with self._changed:
+        with self._lock:
             pinned = {name: loaded.bytes for name, loaded in self._loaded.items() if loaded.is_pinned}
         total_mb = sum((pinned | dict(sizes)).values()) / 1e6
         if total_mb > self._limit_mb:
@@ -118,7 +122,7 @@ class LoadedAdapters:
         UsageError if only streams of this thread use it.
         """
         patience = Patience()
-        with self._changed:
+        with self._lock:
             while self._is_changing or (name in self._loaded and self._loaded[name].users):
                 if not self._is_changing:
                     patience.check(self._loaded[name].users)
@@ -130,7 +134,7 @@ class LoadedAdapters:
 
     def close(self) -> None:
         """Refuse all calls from now on, also those that wait, and wait until none loads an adapter."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             self._changed.notify_all()
             while self._is_changing:
@@ -139,7 +143,7 @@ class LoadedAdapters:
     def _acquire(self, entries: Entries, holder: Holder, check: Callable[[], None]) -> None:
         patience = Patience()
         while True:
-            with self._changed:
+            with self._lock:
                 self._check_current(entries)
                 missing = next((entry for name, entry in entries.items() if name not in self._loaded), None)
                 if missing is None:
@@ -177,7 +181,7 @@ class LoadedAdapters:
                 self._loader.unload(entry.name)
             raise
         finally:
-            with self._changed:
+            with self._lock:
                 self._is_changing = False
                 self._loaded.update(loaded)
                 self._changed.notify_all()

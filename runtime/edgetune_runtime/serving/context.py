@@ -74,7 +74,7 @@ class Context:
         with self.shared.places.gate:
             while self.holder is not None:
                 patience.check([self.holder])
-                self.shared.places.gate.wait(POLL_S)
+                self.shared.places.changed.wait(POLL_S)
             self.holder = Holder()
 
     def release(self) -> None:
@@ -85,7 +85,7 @@ class Context:
         finally:
             with self.shared.places.gate:
                 self.holder = None
-                self.shared.places.gate.notify_all()
+                self.shared.places.changed.notify_all()
 
     def suspend(self) -> None:
         """Suspend the stream that holds the context while its reader has a piece; any thread may resume it."""

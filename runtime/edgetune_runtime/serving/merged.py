@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import no_limits
@@ -30,7 +30,7 @@ MakeRoom = Callable[[float], None]
 class _Model:
     pool: Pool
     mb: float
-    uses: int = 0
+    users: set[object] = field(default_factory=set)
 
 
 class MergedModels:
@@ -44,7 +44,9 @@ class MergedModels:
     def __init__(self, open_model: Callable[[str, MakeRoom], Pool], limit_mb: float | None) -> None:
         self._open_model = open_model
         self._limit_mb = limit_mb
-        self._changed = threading.Condition()
+        # Not entered through the condition, as in `Places`.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._models: OrderedDict[str, _Model] = OrderedDict()
         self._is_opening = self._is_closed = False
 
@@ -55,29 +57,29 @@ class MergedModels:
         While it waits for another model to be opened, `check` may end that by raising. UsageError after `close`, and
         the errors of `open_model`.
         """
-        model = self._acquire(name, check)
+        user = object()
         try:
-            yield model.pool
+            yield self._acquire(name, user, check).pool
         finally:
-            self._release(model)
+            self._release(user)
 
     @contextmanager
     def use_opened(self) -> Iterator[dict[str, Pool]]:
         """The models that are open, by adapter, which are not closed for others until the block ends."""
-        with self._changed:
-            models = dict(self._models)
-            for model in models.values():
-                model.uses += 1
+        user = object()
         try:
-            yield {name: model.pool for name, model in models.items()}
+            with self._lock:
+                for model in self._models.values():
+                    model.users.add(user)
+                pools = {name: model.pool for name, model in self._models.items()}
+            yield pools
         finally:
-            for model in models.values():
-                self._release(model)
+            self._release(user)
 
     def remove(self, name: str) -> None:
         """Close the model of an adapter that there is no more, once running calls do not use it."""
-        with self._changed:
-            while self._is_opening or (name in self._models and self._models[name].uses):
+        with self._lock:
+            while self._is_opening or (name in self._models and self._models[name].users):
                 self._changed.wait(POLL_S)
             model = self._models.pop(name, None)
         if model is not None:
@@ -85,7 +87,7 @@ class MergedModels:
 
     def close(self) -> None:
         """Close all models after the calls of other threads end; no other is opened from now on."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             while self._is_opening:
                 self._changed.wait()
@@ -93,14 +95,14 @@ class MergedModels:
         for model in models:
             model.pool.close()
 
-    def _acquire(self, name: str, check: Callable[[], None]) -> _Model:
-        with self._changed:
+    def _acquire(self, name: str, user: object, check: Callable[[], None]) -> _Model:
+        with self._lock:
             while True:
                 if self._is_closed:
                     raise UsageError(*CLOSED)
                 if name in self._models:
                     self._models.move_to_end(name)
-                    self._models[name].uses += 1
+                    self._models[name].users.add(user)
                     return self._models[name]
                 if not self._is_opening:
                     break
@@ -108,13 +110,13 @@ class MergedModels:
                 check()
             self._is_opening = True
         try:
-            return self._open(name)
+            return self._open(name, user)
         finally:
-            with self._changed:
+            with self._lock:
                 self._is_opening = False
                 self._changed.notify_all()
 
-    def _open(self, name: str) -> _Model:
+    def _open(self, name: str, user: object) -> _Model:
         needed_mb = 0.0
 
         def make_room(mb: float) -> None:
@@ -123,8 +125,8 @@ class MergedModels:
             while not self._fits(mb) and self._close_unused():
                 pass
 
-        model = _Model(self._open_model(name, make_room), needed_mb, uses=1)
-        with self._changed:
+        model = _Model(self._open_model(name, make_room), needed_mb, {user})
+        with self._lock:
             self._models[name] = model
         return model
 
@@ -136,8 +138,8 @@ class MergedModels:
 
     def _close_unused(self) -> bool:
         """Close the least recently used model that no call uses; False if there is none."""
-        with self._changed:
-            name = next((name for name, model in self._models.items() if not model.uses), None)
+        with self._lock:
+            name = next((name for name, model in self._models.items() if not model.users), None)
             if name is None:
                 return False
             model = self._models.pop(name)
@@ -145,9 +147,10 @@ class MergedModels:
         _LOG.info("closed merged adapter %r, which no call uses, for lack of memory", name)
         return True
 
-    def _release(self, model: _Model) -> None:
-        with self._changed:
-            model.uses -= 1
+    def _release(self, user: object) -> None:
+        with self._lock:
+            for model in self._models.values():
+                model.users.discard(user)
             self._changed.notify_all()
 
 

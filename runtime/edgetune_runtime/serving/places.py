@@ -85,11 +85,13 @@ class Places:
     """Lets up to `limit` calls run at the same time, whatever their models; up to `max_waiting` more wait.
 
     Each model has a first context; `forks` are those beside them, up to `limit` - 1 in total. `gate` guards all of it,
-    and who holds which context; it is held for moments only.
+    and who holds which context; it is held for moments only. Whoever changes something notifies `changed` in it.
     """
 
     def __init__(self, limit: int = 1, max_waiting: int = 0) -> None:
-        self.gate = threading.Condition()
+        # Not entered through the condition, whose `__enter__` may be interrupted by Ctrl-C when it has the lock.
+        self.gate = threading.RLock()
+        self.changed = threading.Condition(self.gate)
         self.limit = limit
         self.forks: list[Fork] = []
         self._max_waiting, self._waiting = max_waiting, 0
@@ -103,21 +105,21 @@ class Places:
         BusyError when too many calls are already waiting. UsageError when it would wait for streams of this thread
         alone, or the runtime is closed.
         """
-        with self.gate:
-            self.check_open()
-            if len(self._running) >= self.limit:
-                self._wait(check)
-            holder = Holder()
-            self._running.add(holder)
+        holder = Holder()
         try:
+            with self.gate:
+                self.check_open()
+                if len(self._running) >= self.limit:
+                    self._wait(check)
+                self._running.add(holder)
             yield holder
         finally:
             with self.gate:
                 self._running.discard(holder)
-                self.gate.notify_all()
+                self.changed.notify_all()
 
     def may_fork(self) -> bool:
-        """Whether a context may be made beside a first one; ends with `forked` or `fork_failed`. Call it in the gate.
+        """Whether a context may be made beside a first one; `forked` must follow. Call it in the gate.
 
         For this, an idle one is freed if need be: that of another model, as a call takes those of its own.
         """
@@ -126,25 +128,24 @@ class Places:
         self._is_forking = True
         return True
 
-    def forked(self, fork: Fork) -> None:
-        """Count the context that `may_fork` allowed. Call it in the gate."""
-        self.forks.append(fork)
-        self._is_forking = False
-        self.gate.notify_all()
+    def forked(self, fork: Fork | None, failure: Exception | None) -> None:
+        """Count the context that `may_fork` allowed, unless making it was interrupted. Call it in the gate.
 
-    def fork_failed(self, error: Exception) -> None:
-        """Lower the limit to the contexts that there are, unless an idle one can be freed. Call it in the gate."""
+        After a failure the limit is lowered to the contexts that there are, unless an idle one can be freed.
+        """
         self._is_forking = False
-        if not self._retire_idle():
+        if fork is not None:
+            self.forks.append(fork)
+        elif failure is not None and not self._retire_idle():
             self.limit = len(self.forks) + 1
-            _LOG.warning("from now on at most %d calls run at the same time: %s", self.limit, error)
-        self.gate.notify_all()
+            _LOG.warning("from now on at most %d calls run at the same time: %s", self.limit, failure)
+        self.changed.notify_all()
 
     def close(self) -> None:
         """Refuse all calls from now on, also those that wait."""
         with self.gate:
             self._is_closed = True
-            self.gate.notify_all()
+            self.changed.notify_all()
 
     def check_open(self) -> None:
         """Raise UsageError after `close`."""
@@ -161,7 +162,7 @@ class Places:
         try:
             while len(self._running) >= self.limit:
                 patience.check(self._running)
-                self.gate.wait(POLL_S)
+                self.changed.wait(POLL_S)
                 check()
                 self.check_open()
         finally:

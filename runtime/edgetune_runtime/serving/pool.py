@@ -47,11 +47,15 @@ class Pool:
         streams of others, but not for its own. Any thread may read a stream: its own are those that it read last, and
         that no other thread has read for `PATIENCE_S` since.
         """
-        context = self._acquire(job, holder)
+        context = None
         try:
+            context = self._acquire(job, holder)
             yield context
         finally:
-            context.release()
+            # Ctrl-C may have come before it was returned.
+            for held in self._contexts if context is None else [context]:
+                if held.holder is holder:
+                    held.release()
 
     @contextmanager
     def tokenizer(self) -> Iterator[Tokenizer]:
@@ -67,7 +71,7 @@ class Pool:
         finally:
             with self.places.gate:
                 self._uses -= 1
-                self.places.gate.notify_all()
+                self.places.changed.notify_all()
 
     @contextmanager
     def opened(self) -> Iterator[Pool]:
@@ -134,10 +138,10 @@ class Pool:
         gate = self.places.gate
         with gate:
             self._is_closed = True
-            gate.notify_all()
+            self.places.changed.notify_all()
             while self._uses or any(_is_in_use(context) for context in self.contexts):
                 # A thread whose stream is suspended may end.
-                gate.wait(POLL_S)
+                self.places.changed.wait(POLL_S)
             contexts, self._contexts = self.contexts, [self.first]
             for context in contexts:
                 context.closed = True
@@ -162,25 +166,25 @@ class Pool:
                 self._uses += makes_one
                 if not makes_one:
                     patience.check(context.holder for context in contexts if context.holder is not None)
-                    gate.wait(POLL_S)
+                    self.places.changed.wait(POLL_S)
             if makes_one:
                 self._fork()
             job.check()
 
     def _fork(self) -> None:
         """Make a context, without the gate, while it counts as a use; without memory calls wait for those there are."""
+        fork = failure = None
         try:
             fork = self.first.fork()
         except (EdgetuneError, MemoryError) as error:
+            failure = error
+        finally:
             with self.places.gate:
                 self._uses -= 1
-                self.places.fork_failed(error)
-            return
-        with self.places.gate:
-            self._uses -= 1
-            self._contexts.append(fork)
-            self.places.forked(fork)
-            _LOG.debug("created context %d of its model", len(self._contexts))
+                if fork is not None:
+                    self._contexts.append(fork)
+                    _LOG.debug("created context %d of its model", len(self._contexts))
+                self.places.forked(fork, failure)
 
     def _held(self, owner: str | None = None) -> Iterator[Context]:
         """The contexts, or those whose sequence is an owner's, each held while it is looked at."""
