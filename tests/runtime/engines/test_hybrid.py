@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +195,24 @@ def test_a_state_whose_recurrent_part_is_damaged_is_refused(engine: Engine) -> N
         assert engine.truncate(5) == 0
     engine.restore_state(memoryview(state))
     assert np.array_equal(engine.decode(NEXT), expected)
+
+
+@pytest.mark.parametrize("method", ["keep", "end_run"])
+def test_an_empty_sequence_has_nothing_of_what_an_interrupt_left(
+    engine: Engine, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(engine._cache, method):
+        pytest.skip("the engine has no such step")
+    expected = decoded(engine, PARTS[:2])
+    state, original = engine.save_state(), getattr(engine._cache, method)
+
+    def interrupt(*arguments: object) -> None:
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    for call in (lambda: engine.decode(PARTS[2]), lambda: engine.restore_state(state)):
+        engine.truncate(0)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(engine._cache, method, interrupt)
+            call()
+        assert np.array_equal(decoded(engine, PARTS[:2]), expected)

@@ -207,7 +207,8 @@ class OnnxEngine:
     def truncate(self, keep: int) -> int:
         """See `Engine`."""
         end = self._begin + max(keep, 0)
-        if end < self._length:
+        # An empty sequence too: Ctrl-C may have left a part of a recurrent state.
+        if end < self._length or end == self._begin:
             self._length, self._last = max(self._cache.truncate(end), self._begin), None
         return self._length - self._begin
 
