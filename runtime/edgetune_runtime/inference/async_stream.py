@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -130,7 +131,9 @@ class _StreamThread:
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self._room = threading.Semaphore(_AHEAD)
         # A daemon, because a stream that nobody reads any more would keep the process from exiting.
-        threading.Thread(target=self._run, name="edgetune-stream", daemon=True).start()
+        # It has the context variables of the task, such as those of tracing.
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(self._run,), name="edgetune-stream", daemon=True).start()
 
     @property
     def is_open(self) -> bool:

@@ -6,13 +6,13 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack, cast
 
-from edgetune_runtime.bundle import GENERATE, Manifest
+from edgetune_runtime.bundle import CLASSIFICATION, GENERATE, Manifest
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.serving.places import READER, Reader
 from edgetune_runtime.text.chat import Message, Prompt
@@ -39,15 +39,18 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
         async for piece in runtime.stream("turn off the lamp in the hall", adapter="command"):
             print(piece, end="")
 
-    Each answer is computed on a thread of its own, so the event loop never waits for the engine. Cancelling the task
-    that awaits an answer or reads a stream ends the answer and frees its context. A call waits for a free context, but
-    not for streams that its own task read last: if for 2 s nobody else reads them, it raises UsageError. `runtime` is
-    the runtime underneath, which may be used too, from any thread.
+    Each answer is computed on a thread of its own, so the event loop never waits for the engine; an encoder answers on
+    `runtime.threads` of them. Cancelling the task that awaits an answer or reads a stream ends the answer and frees its
+    context. A call waits for a free context, but not for streams that its own task read last: if for 2 s nobody else
+    reads them, it raises UsageError. `runtime` is the runtime underneath, which may be used too, from any thread.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._threads = StreamThreads()
+        # Calls of an encoder wait for no context and no stream: any number of them would compute at the same time.
+        is_encoder = runtime.manifest.task == CLASSIFICATION
+        self._encoder_threads = ThreadPoolExecutor(runtime.threads, "edgetune-call") if is_encoder else None
 
     @classmethod
     async def open(cls, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
@@ -123,11 +126,11 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
     ) -> Classification:
         """The most likely label, and probabilities; see `Runtime.classify`. It is not ended early."""
         classify = partial(self.runtime.classify, adapter=adapter, exact=exact, min_confidence=min_confidence)
-        return await _in_thread(classify, prompt, labels)
+        return await self._answer(classify, prompt, labels)
 
     async def embed(self, text: str) -> Embedding:
         """The pooled last layer for a text, and its number of tokens; see `Runtime.embed`. It is not ended early."""
-        return await _in_thread(self.runtime.embed, text)
+        return await self._answer(self.runtime.embed, text)
 
     async def perplexity(self, text: str, *, adapter: Adapters = None) -> float:
         """The perplexity of a text; see `Runtime.perplexity`. It is not ended early."""
@@ -164,6 +167,12 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
 
     async def __aexit__(self, *_error: object) -> None:
         await self.close()
+
+    async def _answer(self, function: Callable[..., T], *arguments: object) -> T:
+        if self._encoder_threads is None:
+            return await _in_thread(function, *arguments)
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(self._encoder_threads, run, function, *arguments)
 
 
 class AsyncSession(AbstractAsyncContextManager["AsyncSession"]):

@@ -15,6 +15,7 @@ import pytest
 from edgetune_runtime import Answer, AsyncRuntime, NotFoundError, Runtime, UsageError
 from edgetune_runtime.inference.async_stream import AsyncStream
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.serving.classifier import Embedding
 
 PROMPT = "turn on the light"
 
@@ -55,8 +56,10 @@ def test_a_call_has_the_context_variables_of_its_task(bundle: Path) -> None:
         options = {"disk_mb": 0, "on_event": lambda _: seen.append(request.get())}
         async with await AsyncRuntime.open(bundle, **options) as runtime:
             request.set("first")
-            await runtime.classify(PROMPT, ("on", "off"), adapter="command")
-            assert seen[-1] == "first"
+            for call in (runtime.classify(PROMPT, ("on", "off"), adapter="command"), runtime.generate(PROMPT)):
+                seen.clear()
+                await call
+                assert {*seen} == {"first"}
 
     asyncio.run(main())
 
@@ -275,6 +278,26 @@ def test_a_call_that_waits_for_a_stream_leaves_asyncio_its_threads(bundle: Path)
             await asyncio.sleep(0)
             await in_10_s(asyncio.to_thread(time.monotonic), stream)
             assert (await classifying).label in {"on", "off"}
+
+    asyncio.run(main())
+
+
+def test_many_calls_of_an_encoder_have_few_threads(encoder_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with await AsyncRuntime.open(encoder_bundle, threads=2) as runtime:
+            classifier = loaded_bundle(runtime.runtime).classifier
+            assert classifier is not None
+            expected, embedding, used = runtime.runtime.embed(PROMPT), classifier.embedding, set[threading.Thread]()
+
+            def embed(text: str) -> Embedding:
+                used.add(threading.current_thread())
+                return embedding(text)
+
+            monkeypatch.setattr(classifier, "embedding", embed)
+            assert await asyncio.gather(*(runtime.embed(PROMPT) for _ in range(100))) == [expected] * 100
+            assert 1 <= len(used) <= 2
+        with pytest.raises(UsageError, match="closed"):
+            await runtime.embed(PROMPT)
 
     asyncio.run(main())
 
