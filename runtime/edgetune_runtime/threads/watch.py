@@ -30,19 +30,20 @@ class Watch:
     def watching(self, should_stop: Callable[[], bool], stop: Callable[[], None]) -> Iterator[None]:
         """While the block runs, call `stop` at each check where `should_stop` is true."""
         key = object()
-        self._running[key] = (should_stop, stop)
-        if not self._wake.is_set():
-            self._start()
         try:
+            self._running[key] = (should_stop, stop)
+            if not self._wake.is_set():
+                self._start()
             yield
         finally:
-            del self._running[key]
+            self._running.pop(key, None)
 
     def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._poll, name="edgetune-watch", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._poll, name="edgetune-watch", daemon=True)
+                thread.start()
+                self._thread = thread
             self._wake.set()
 
     def _poll(self) -> None:
