@@ -48,7 +48,7 @@ class GgufAdapters:
         # Not entered through the condition, whose `__enter__` may be interrupted by Ctrl-C when it has the lock.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._first_steps = 0
+        self._first_steps: set[object] = set()
         # Looked up once: at a switch, the processor's caches are cold and each lookup counts.
         self._switch = library().llama_set_adapters_lora
 
@@ -105,13 +105,14 @@ class GgufAdapters:
     @contextmanager
     def in_first_step(self) -> Iterator[None]:
         """While the block runs, none is loaded or freed; blocks of several threads run at the same time."""
-        with self._lock:
-            self._first_steps += 1
+        step = object()
         try:
+            with self._lock:
+                self._first_steps.add(step)
             yield
         finally:
             with self._lock:
-                self._first_steps -= 1
+                self._first_steps.discard(step)
                 self._changed.notify_all()
 
     def forget(self, context: Any) -> None:  # noqa: ANN401 - as above

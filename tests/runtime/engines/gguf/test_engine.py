@@ -14,6 +14,7 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import library
 from runtime.bundles import low_rank, write_adapter
 from runtime.engines.conftest import log_p
+from runtime.interrupting import enter_until
 
 Gguf = Callable[[str], Path]
 CONTEXT = 200
@@ -141,6 +142,15 @@ def test_an_interrupt_while_labels_are_scored_leaves_no_branches(
         engine.truncate(0)
         engine.decode([1, 2])
         assert len(engine.score([[5, 6], [6, 5]])) == 2
+
+
+def test_an_interrupt_before_a_first_step_keeps_no_adapter_from_being_loaded(tiny_gguf: Gguf) -> None:
+    with closing(GgufEngine(tiny_gguf("llama"), context_length=64, threads=1)) as engine:
+        place = 0
+        while enter_until(place, engine._adapters.in_first_step):
+            assert not engine._adapters._first_steps
+            place += 1
+        assert place > 1
 
 
 AT_EXIT = """
