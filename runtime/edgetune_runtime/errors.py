@@ -129,8 +129,10 @@ def parsing(problem: str, remedy: str) -> Iterator[None]:
         raise VerificationError(f"{problem}: {shortened(str(error))}", remedy) from error
 
 
-def error_to_report(error: BaseException) -> EdgetuneError:
-    """What a command reports to the user for `error`."""
+def error_to_report(
+    error: BaseException, *, unexpected: str = "run the command again with --debug and report it"
+) -> EdgetuneError:
+    """What a command reports to the user for `error`; `unexpected` is the remedy for one that should not happen."""
     full = next((cause for cause in _causes(error) if _is_out_of_space(cause)), None)
     if full is not None and not isinstance(error, OutOfSpaceError):
         place = getattr(full, "filename", None) or "to the disk"
@@ -142,7 +144,7 @@ def error_to_report(error: BaseException) -> EdgetuneError:
     if isinstance(error, OSError) and error.filename is not None:
         return UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
     description = " ".join(f"{type(error).__name__}: {error}".split())
-    return EdgetuneError(f"unexpected {description}", "run the command again with --debug and report it")
+    return EdgetuneError(f"unexpected {description}", unexpected)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, UsageError
+from edgetune_runtime.errors import BusyError, UsageError, error_to_report
 from edgetune_runtime.processes.interrupts import end_in_order, end_on_interrupt
+from edgetune_runtime.processes.streams import flush_output
 from edgetune_runtime.store import service, systemd, versions
 from edgetune_runtime.store.kit import KIT_NAME, Kit, parse_kit, read_kit
 from edgetune_runtime.update import current
@@ -43,21 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _fail(CancelledError("interrupted", "run the command again"))
-    except EdgetuneError as error:
+    except (Exception, KeyboardInterrupt) as error:
         return _fail(error)
-    except OSError as error:
-        where = error.filename or "a file"
-        return _fail(UsageError(f"{where}: {error.strerror}", "check the disk and its permissions"))
-    except Exception as error:
-        return _fail(EdgetuneError(f"unexpected {type(error).__name__}: {error}", "report it"))
     return 0
 
 
-def _fail(error: EdgetuneError) -> int:
-    print(f"{PROGRAM}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-    return error.exit_code
+def _fail(error: BaseException) -> int:
+    flush_output()
+    reported = error_to_report(error, unexpected="report it")
+    _say(" ".join(str(reported).split()))
+    return reported.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

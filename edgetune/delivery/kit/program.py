@@ -18,8 +18,8 @@ from .target_python import TargetPython
 
 RUNTIME_MODULES = (
     "bundle/__init__", "bundle/files", "bundle/parts", "bundle/reading", "bundle/records", "errors", "formats/atomic",
-    "formats/regular_file", "limits", "processes/child_process", "processes/interrupts", "threads/machine",
-    "type_checks", "update/current", "update/state", "wording",
+    "formats/regular_file", "limits", "processes/child_process", "processes/interrupts", "processes/streams",
+    "threads/machine", "type_checks", "update/current", "update/state", "wording",
 )  # fmt: skip
 """The modules of the runtime that board and store use; they import nothing but the standard library and each other."""
 _MAIN = """\

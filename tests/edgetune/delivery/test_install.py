@@ -108,6 +108,17 @@ def test_the_program_in_the_prefix_knows_its_prefix(
     assert ask(prefix) == "one"
 
 
+def test_errors_of_the_system_are_one_line(installed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "--kit", "a" * 300) == 2
+    assert capfd.readouterr().err.endswith(": File name too long; check the path and its permissions\n")
+    listing = [sys.executable, "-I", str(installed / "current/board.pyz"), "list"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(listing, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        6, "edgetune-board: no space left to write to the disk; free some space and run the command again\n",
+    )  # fmt: skip
+
+
 def test_a_version_that_answers_differently_does_not_become_the_current_one(
     prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
 ) -> None:
