@@ -24,6 +24,7 @@ from edgetune_runtime.inference.similarity import (
     SIMILARITY_FILE,
     TrainingPrompts,
     compared_tokens,
+    read_prompts,
     write_prompts,
 )
 
@@ -79,9 +80,10 @@ def with_scopes(
         spec = adapter.plan.spec.out_of_scope
         if basis is not None and name not in prompts:
             progress.say(f"computing the states after training prompts of {name}")
-            prompts[name] = TrainingPrompts.of(basis, _training_logits(runtime, adapter))
             file = f"adapters/{name}/{SIMILARITY_FILE}"
-            write_prompts(bundle / file, prompts[name])
+            write_prompts(bundle / file, TrainingPrompts.of(basis, _training_logits(runtime, adapter)))
+            # With the rounded states that devices read.
+            prompts[name] = read_prompts(bundle / file)
             entries[name] = entry = replace(entry, similarity=file)
         if spec is None:
             continue
@@ -139,7 +141,11 @@ def scope_of(spec: OutOfScopeSpec, answers: Sequence[ScopeAnswer]) -> Scope:
     """The threshold below which are at most as many of the known rows as the recipe allows, and what it does."""
     known = sorted(answer.log_odds for answer in answers if answer.is_known)
     others = [answer.log_odds for answer in answers if not answer.is_known]
-    threshold = known[int(len(known) * spec.refused)] if known else _LOWEST
+    place = int(len(known) * spec.refused)
+    threshold = known[place] if known else _LOWEST
+    if place and known[place - 1] != _LOWEST:
+        # Midway, so that rounding refuses no more of them: the states are those of the first format.
+        threshold = (known[place - 1] + threshold) / 2
     refused, found = (_share_below(threshold, odds) for odds in (known, others))
     return Scope(spec.label, threshold, refused, found)
 

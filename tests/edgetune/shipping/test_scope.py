@@ -56,6 +56,17 @@ def test_no_more_validation_rows_are_refused_than_the_recipe_says(engine: str, m
 
 
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_the_runtime_refuses_the_share_of_validation_rows_that_the_manifest_states(
+    engine: str, bundle: Path, manifest: Manifest
+) -> None:
+    task = read_task("color", Recipe.from_file(bundle.parent / "recipe.yaml"))
+    rows = [row for row in task.validation if row.completion != "other"]
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+        refused = [runtime.classify(row.messages or (), adapter="color").is_out_of_scope for row in rows]
+    assert sum(refused) / len(rows) == manifest.adapters["color"].scope[engine].refused
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
 def test_the_confidence_is_that_of_answers_with_the_scope(engine: str, bundle: Path, manifest: Manifest) -> None:
     rows = read_task("color", Recipe.from_file(bundle.parent / "recipe.yaml")).confidence_rows
     with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
@@ -74,12 +85,15 @@ def test_the_threshold_refuses_the_stated_share_of_known_rows_and_no_more(refuse
     named = ScopeAnswer(False, -1e6)
     scope = scope_of(OutOfScopeSpec(refused=refused), [*known, *others, named])
     assert scope.refused == refused
-    assert scope.threshold == 100 * refused
+    # Midway between two rows.
+    assert scope.threshold == 100 * refused - 0.5
     assert scope.found == 3 / 4
     # The label alone refuses more than the recipe allows: no threshold refuses others besides.
     mislabelled = [ScopeAnswer(True, -1e6)] * 60
     wide = scope_of(OutOfScopeSpec(refused=refused), [*known, *mislabelled, *others, named])
     assert (wide.refused, wide.found, wide.threshold) == (0.375, 1 / 4, -1e6)
+    half = scope_of(OutOfScopeSpec(refused=0.5), [*known, *[ScopeAnswer(True, -1e6)] * 100])
+    assert (half.refused, half.threshold) == (0.5, 0)
 
 
 def test_the_runtime_compares_a_prompt_with_the_training_prompts(bundle: Path, manifest: Manifest) -> None:
