@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 
 from .data import TaskRow
 
@@ -23,13 +24,15 @@ _EMOJI_STYLE = "\ufe0e\ufe0f"
 def plain(text: str) -> str:
     """A text without case, with single spaces, and without punctuation at the ends of words.
 
-    Letters, apostrophes and dashes have one form each, and invisible characters are left out. Signs such as $, % and #
-    count, and the - of a negative number.
+    Marks and quotes count no more after a space, as in French. Letters, apostrophes and dashes have one form each, and
+    invisible characters are left out. Signs such as $, % and # count, and the - of a negative number.
     """
     folded = text if text.isascii() else text.translate({ord(sign): _folded(sign) for sign in set(text)})
     composed = unicodedata.normalize("NFC", folded).casefold()
     punctuation = "".join(filter(_is_punctuation, set(composed)))
+    marks = "".join(filter(_is_mark, punctuation))
     words = _BETWEEN_WORDS.sub(" ", composed).split()
+    words = [word for word in words if word.strip(marks)] or words
     return " ".join(_without_ends(word, punctuation) for word in words)
 
 
@@ -37,8 +40,8 @@ def plain_prompt(row: TaskRow) -> str:
     """All turns before the answer, and the tools, for comparison with those of other rows."""
     if row.messages is None:
         return plain(row.text or "")
-    turns = [f"{role} {content} {json.dumps(calls, sort_keys=True)}" for role, content, calls in row.compared_turns]
-    return plain("\n".join([*turns, row.tools.text if row.tools else ""]))
+    turns = [(role, content, json.dumps(calls, sort_keys=True)) for role, content, calls in row.compared_turns]
+    return " ".join(map(plain, [*chain.from_iterable(turns), row.tools.text if row.tools else ""]))
 
 
 def answered_prompts(rows: Iterable[TaskRow], prompt_of: Callable[[TaskRow], str] = plain_prompt) -> set[str]:
@@ -83,3 +86,8 @@ def _folded(sign: str) -> str:
 
 def _is_punctuation(sign: str) -> bool:
     return unicodedata.category(sign).startswith("P") and sign not in _SIGNS
+
+
+def _is_mark(punctuation: str) -> bool:
+    """Whether punctuation ends a sentence or a part of it, or is a quote, in any script."""
+    return unicodedata.category(punctuation) in ("Po", "Pi", "Pf")

@@ -437,6 +437,10 @@ def test_few_rows_that_differ_in_the_system_prompt_alone_stay_on_one_side(seed: 
         ("lamp on,please", "lamp on, please"),
         ("[turn it on] — now…", "turn it on — now"),
         ("मुझे बताओ।", "मुझे बताओ"),
+        ("Allume la lampe !", "Allume la lampe!"),
+        ("Allume\u202f: la \u00ab\u00a0lampe\u00a0\u00bb\u00a0?!", "allume la lampe"),
+        ("是 。", "是"),
+        ("मुझे बताओ ।", "मुझे बताओ"),
     ],
 )
 def test_punctuation_of_any_script_makes_no_other_prompt(one: str, other: str) -> None:
@@ -469,10 +473,18 @@ def test_forms_of_a_character_make_no_other_prompt(one: str, other: str) -> None
         ("$5", "5"),
         ("C++", "c"),
         ("?", "!"),
+        ("5 + 3", "5 3"),
+        ("a - b", "a b"),
+        ("I saw it :)", "I saw it :("),
     ],
 )
 def test_signs_that_change_a_word_make_another_prompt(one: str, other: str) -> None:
     assert plain(one) != plain(other)
+
+
+def test_a_prompt_of_punctuation_alone_is_another_one_than_other_punctuation(write: Write) -> None:
+    rows = read_rows(str(write("".join(f'{{"prompt": "{mark}", "completion": "x"}}\n' for mark in ("?", "...")))))
+    assert len({*map(plain_prompt, rows)}) == 2
 
 
 def test_results_of_other_calls_make_another_prompt(write: Write) -> None:
