@@ -53,6 +53,12 @@ class Constraint:
         """Whether nothing but an end token may come next, or one has come: the answer can end without computing it."""
         return self._has_ended or (not self._matcher.is_error() and bool(self._matcher.is_stopped()))
 
+    def may_end_after(self, count: int) -> bool:
+        """Whether the first `count` of the accepted tokens, none of which is an end token, fit the answer's form."""
+        matcher = self._matcher.deep_copy()
+        matcher.rollback(len(self.tokens) - self._has_ended - count)
+        return bool(matcher.is_accepting())
+
     def mask(self, logits: Logits) -> Logits | None:
         """A copy of the logits [vocab] with minus infinity for every token that may not come next.
 

@@ -141,7 +141,14 @@ class _Answering:
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
         output = self._call.output
         answer = Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)
-        return answer if answer.is_cut_off else self._with_confidence(answer)
+        return answer if answer.is_cut_off or self._is_stopped_within_form() else self._with_confidence(answer)
+
+    def _is_stopped_within_form(self) -> bool:
+        """Whether a stop text came where the output constraint wanted more."""
+        if self._constraint is None or self._reason != "stop":
+            return False
+        # The last token has the end of the stop text, which is no part of the answer.
+        return not self._constraint.may_end_after(self._count - 1)
 
     def _with_confidence(self, answer: Answer) -> Answer:
         expects_calls = self._reader is not None and not self._call.answers_tool

@@ -139,8 +139,12 @@ def test_an_answer_may_end_or_go_on_where_both_fit(tiny: Opened) -> None:
     assert constraint.may_end
     assert not constraint.is_complete
     assert constraint.forced() == []
-    rest = tokenizer.tokenize("warm red", continues=True)[len(tokenizer.tokenize("warm", continues=True)) :]
+    count = len(constraint.tokens)
+    rest = tokenizer.tokenize("warm red", continues=True)[count:]
     assert constraint.valid_prefix([*rest, tokenizer.end_token, tokenizer.end_token]) == len(rest) + 1
+    constraint.accept(*rest, tokenizer.end_token)
+    whole = count + len(rest)
+    assert [n for n in range(whole + 1) if constraint.may_end_after(n)] == [count, whole]
 
 
 def test_the_mask_keeps_the_logits_of_what_may_come_next(base: Opened) -> None:

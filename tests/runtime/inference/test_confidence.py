@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ def logistic(curve: ConfidenceCurve, odds: float | None) -> float:
 
 
 def ended(runtime: Runtime, **options: Any) -> Answer:  # noqa: ANN401 - those of `generate`
-    """An answer that ends, of a model that would go on: with its first words as a stop text."""
+    """An answer that ends, of a model that would go on: with its first words as a stop text, or with its form."""
     options = {"adapter": "command", **options}
+    if options.keys() & {"choices", "schema"}:
+        return runtime.generate(PROMPT, **options)
     text = runtime.generate(PROMPT, **options, max_tokens=8).text
     return runtime.generate(PROMPT, **options, stop=text[-2:])
 
@@ -153,6 +156,47 @@ def test_an_incomplete_answer_has_no_confidence(opened: Runtime) -> None:
     answer = opened.generate(PROMPT, adapter="command", max_tokens=3)
     assert answer.stop_reason == "length"
     assert (answer.confidence, answer.kind, answer.log_odds) == (None, None, None)
+
+
+@pytest.fixture
+def formed(sure_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Runtime]]:
+    """`formed(output)`: a runtime whose adapter `command` has curves for answers of this form."""
+    with ExitStack() as stack:
+
+        def opened(**output: Any) -> Runtime:  # noqa: ANN401 - as in a manifest
+            bundle = Path(shutil.copytree(sure_bundle, tmp_path / "formed"))
+            change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(output=output))
+            return stack.enter_context(Runtime.open(bundle, disk_mb=0))
+
+        yield opened
+
+
+@pytest.mark.parametrize("stop", ['"', "room", "}"])
+def test_an_answer_that_a_stop_text_ends_within_its_form_has_no_confidence(
+    stop: str, formed: Callable[..., Runtime]
+) -> None:
+    runtime = formed(schema=SCHEMA)
+    assert runtime.generate(PROMPT, adapter="command").confidence is not None
+    answer = runtime.generate(PROMPT, adapter="command", stop=stop, min_confidence=0)
+    assert (answer.stop_reason, answer.log_odds, answer.confidence, answer.is_unsure) == ("stop", None, None, True)
+
+
+def test_an_answer_that_a_stop_text_ends_where_its_form_may_end_has_a_confidence(
+    formed: Callable[..., Runtime],
+) -> None:
+    runtime = formed(regex="(red|warm)( (red|warm)){30}|red|warm")
+    answer = runtime.generate(PROMPT, adapter="command", stop=" ")
+    assert (answer.stop_reason, answer.kind) == ("stop", "value")
+    assert answer.confidence is not None
+
+
+def test_a_call_of_a_tool_that_a_stop_text_cuts_has_no_log_odds(sure_bundle: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}]
+    options: dict[str, Any] = {"adapter": "command", "tools": tools, "tool_choice": "required"}
+    with Runtime.open(sure_bundle, disk_mb=0, context_length=512) as runtime:
+        assert runtime.generate("on", **options).log_odds is not None
+        cut = runtime.generate("on", **options, stop="lamp")
+    assert (cut.stop_reason, cut.tool_calls, cut.log_odds) == ("stop", (), None)
 
 
 def test_a_session_has_the_confidence_too(opened: Runtime) -> None:
