@@ -59,8 +59,11 @@ def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> Uns
     min_confidence, unsure, question = (options.get(name) for name in ("min_confidence", "unsure", "ask"))
     then = _checked(loaded, unsure, question)
     check_min_confidence(min_confidence)
-    if call.stopped or (call.route is not None and not call.route.is_known):
+    if call.route is not None and not call.route.is_known:
         return None
+    if call.stopped:
+        # Whether it has curves is not known, and nothing answers in its place.
+        return None if min_confidence is None else UnsureRule(min_confidence)
     name, entry = next(iter(call.entries.items()), (None, None))
     rule = entry.unsure if entry is not None and call.curves else None
     if min_confidence is not None:

@@ -91,8 +91,9 @@ def test_nothing_answers_in_place_of_one_that_had_to_stop(opened: Runtime) -> No
     begin = time.monotonic()
     options: dict[str, Any] = {"max_tokens": 200, "deadline_s": 1e-6}
     answer = opened.generate(PROMPT, adapter="command", min_confidence=UNSURE, unsure="base", **options)
-    assert (answer.stop_reason, answer.instead) == ("deadline", None)
+    assert (answer.stop_reason, answer.instead, answer.is_unsure) == ("deadline", None, True)
     assert time.monotonic() - begin < 5
+    assert not opened.generate(PROMPT, adapter="command", **options).is_unsure
 
 
 @pytest.mark.parametrize(("reason", "stop_reason"), [("deadline", "stop"), ("cancelled", "cancelled")])
