@@ -33,9 +33,10 @@ _SIGNS = re.compile(
     r"(?!(?<=\d)%|(?<=\d )%)"
     r"[^\w\s.,;:!?\"'()\u2026\u00bf\u00a1\u3001\u3002\uff0c\uff01\uff1f\u00ab\u00bb\u2010-\u201f-]"
     r"|(?<!\w)[:;=]['-]?[()DP/|](?!\w)|\d\s*[-\u2013]\s*\d|(?<!\d)\.\d|\d['\"\u2019\u201d]|\d\s\d{3}(?!\d)"
+    r"|(?<!\w)(?:[\u2010-\u2015]|-\s)\s*\d|\n"
 )
 """Signs that a speech recognizer would not leave out: of money and of operators, faces, marks on letters, points of
-fractions such as .5, feet and inches, and spaces between thousands."""
+fractions such as .5, feet and inches, spaces between thousands, a minus that is a dash, and ends of lines."""
 _UNITS = "|".join(LARGE)
 _LARGE = rf"(?:{_UNITS})(?:[ -](?:and[ -])?(?>one|{NUMBER_WORDS}|{_UNITS}))*"
 """The words of a number above 99, which stay as they are, from the first that is too large."""
@@ -58,7 +59,8 @@ def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: 
             text = _changed(prompt, kept, str.upper if rng.random() < _WORD_RATE else str.lower)
         else:
             is_said = not _SIGNS.search(prompt)
-            text = _changed(prompt, kept, lambda word: _spoken(word, rng, english=english)) if is_said else prompt
+            words = _changed(prompt, kept, lambda word: _spoken(word, rng, english=english)).split()
+            text = " ".join(words) if is_said else prompt
         if text not in ("", prompt):
             return text, kind
     return prompt, "mistyped"
@@ -75,7 +77,7 @@ def _changed(prompt: str, kept: Sequence[Mention], change: Callable[[str], str])
     def changed(match: re.Match[str]) -> str:
         return match[0] if _is_kept(match, kept) else change(match[0])
 
-    return " ".join(_TOKEN.sub(changed, prompt).split())
+    return _TOKEN.sub(changed, prompt)
 
 
 def _mistyped(prompt: str, kept: Sequence[Mention], rng: random.Random) -> str:
