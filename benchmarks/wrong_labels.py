@@ -28,7 +28,9 @@ from edgetune.curation.checking.clean import write_clean
 from edgetune.curation.checking.duplicates import answer_key
 from edgetune.curation.checking.findings import WRONG
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.augmentation.values import SlottedRow, Values
+from edgetune.tasks.augmentation.english import are_english
+from edgetune.tasks.augmentation.slots import SlottedRow
+from edgetune.tasks.augmentation.values import Values
 from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.evaluation import evaluate
 
@@ -89,7 +91,8 @@ def measured(options: Any, work: Path) -> Result:  # noqa: ANN401 - argparse's n
 
 def with_wrong_answers(rows: Sequence[TaskRow], share: float, rng: random.Random) -> dict[int, TaskRow]:
     """Some of the rows with wrong answers, by their positions."""
-    slotted = [SlottedRow.of(row) for row in rows]
+    english = are_english(rows)
+    slotted = [SlottedRow.of(row, english=english) for row in rows]
     values = Values([item for item in slotted if item is not None], {}, None)
     wrong = {}
     for number, place in enumerate(rng.sample(range(len(rows)), round(share * len(rows)))):

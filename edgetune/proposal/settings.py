@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from edgetune_runtime.text.json_text import json_or_none
 
-from edgetune.tasks.augmentation.values import SlottedRow
+from edgetune.tasks.augmentation.english import are_english
+from edgetune.tasks.augmentation.slots import SlottedRow
 from edgetune.tasks.confidence import MIN_ROWS
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, case_doubts, form_doubt, metric_for
@@ -105,7 +106,8 @@ def _held_out(rows: int, answers_per_row: float, *, has_confidence: bool) -> Cho
 
 def _has_values(rows: Sequence[TaskRow]) -> bool:
     """Whether the prompts have enough of the values of their answers, which changed copies can exchange."""
-    slotted = [item for row in rows if (item := SlottedRow.of(row)) is not None and item.slots]
+    english = are_english(rows)
+    slotted = [item for row in rows if (item := SlottedRow.of(row, english=english)) is not None and item.slots]
     changed = [item for item in slotted if not item.answer.has_offsets(item.row.prompt)]
     return len(changed) >= _SHARE_OF_VALUES * len(rows)
 

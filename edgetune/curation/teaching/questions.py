@@ -11,7 +11,9 @@ from typing import Any
 
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.tasks.augmentation.answers import prompt_of
-from edgetune.tasks.augmentation.values import SlottedRow, Values
+from edgetune.tasks.augmentation.english import are_english
+from edgetune.tasks.augmentation.slots import SlottedRow
+from edgetune.tasks.augmentation.values import Values
 from edgetune.tasks.data import TaskRow
 
 _SHOWN_PROMPTS, _SHOWN_ANSWERS = 4, 8
@@ -42,7 +44,8 @@ class Questions:
         beside = None if spec.out_of_scope is None else spec.out_of_scope.label
         self._weights = {answer: 1 / (1 + counts[answer]) for answer in answers if answer != beside}
         self._listed = _listed(answers)
-        parsed = [item for row in rows if (item := SlottedRow.of(row)) is not None]
+        english = are_english(rows)
+        parsed = [item for row in rows if (item := SlottedRow.of(row, english=english)) is not None]
         self._slotted = [item for item in parsed if item.slots]
         listed = {} if spec.data.augment is None else spec.data.augment.values
         self._values = Values(parsed, listed, schema)

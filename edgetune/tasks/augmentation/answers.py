@@ -125,12 +125,13 @@ class Answer:
         They count characters, or words if the prompt does not say them and one of them is `least_word` or more. Most
         changes of the prompt make them wrong.
         """
-        values, said = [value for _, value in self.scalars()], prompt.lower()
-        texts = {value.lower() for value in values if isinstance(value, str) and value}
+        values, said = [value for _, value in self.scalars()], _lower(prompt)
+        texts = {_lower(value) for value in values if isinstance(value, str) and value}
         numbers = Counter(value for value in values if isinstance(value, int) and value >= 0)
         told = {str(number) for number in said_numbers(said)}
         untold = Counter({number: count for number, count in numbers.items() if str(number) not in told})
-        return _has_places(said, texts, numbers) or any(
+        # Programs count characters, units of UTF-16 or bytes.
+        return any(_has_places(form(said), map(form, texts), numbers) for form in (str, _in_utf16, _in_utf8)) or any(
             _has_places(split(said), map(split, texts), untold, least_word) for split in (str.split, _TOKEN.findall)
         )
 
@@ -166,6 +167,21 @@ def _has_places(said: Sequence[str], texts: Iterable[Sequence[str]], numbers: Co
         for start in numbers
         if text and said[start : start + len(text)] == text
     )
+
+
+def _lower(text: str) -> str:
+    """The text in lower case, with as many characters: that of some letters, such as İ, has two."""
+    return "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
+
+
+def _in_utf16(text: str) -> str:
+    """A text with a character per unit of UTF-16: two for an emoji."""
+    return re.sub("[\U00010000-\U0010ffff]", r"\g<0>\0", text)
+
+
+def _in_utf8(text: str) -> str:
+    """A text with a character per byte."""
+    return text.encode(errors="replace").decode("latin-1")
 
 
 def prompt_of(row: TaskRow) -> str:

@@ -7,7 +7,7 @@ import re
 
 from edgetune.tasks.data import TaskRow
 
-from .values import SlottedRow
+from .slots import SlottedRow
 
 _BETWEEN = re.compile(r"(,? and (?:also )?|; |, )", re.IGNORECASE)
 _REFERRING = frozenset((

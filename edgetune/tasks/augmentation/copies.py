@@ -19,11 +19,11 @@ from edgetune.tasks.plain_prompts import answered_prompts, plain, shared_prompt
 
 from .answers import Answer, prompt_of
 from .clauses import reordered
-from .english import is_english
-from .noise import has_case, noisy
+from .english import are_english
+from .noise import noisy
 from .numbers import NUMBERS, YEAR, has_result, has_same_order
-from .slots import Mention, mentions_of
-from .values import SlottedRow, Values
+from .slots import Mention, SlottedRow, mentions_of, parts_of
+from .values import Values
 
 _TRIES = 3
 """Attempts at a copy whose prompt no other row has."""
@@ -35,11 +35,17 @@ _SPEAKERS = ("user", "assistant")
 _MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
 """Characters that nobody says or types in haste."""
 _WORD = re.compile(r"\w+(?:[.:,]\d+)*")
-_NUMBER = re.compile(r"(?<!\w)\d+(?:[.:,]\d+)*(?!\w)")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
+_DIGITS = r"\d+(?:[.:,]\d+)*"
+_NUMBER = re.compile(rf"(?<!\w)(?<!\d[.:,]){_DIGITS}(?!\w)")
+_ANY_NUMBER = re.compile(_DIGITS)
+"""Numbers, also without spaces around them, as in Chinese."""
+_SENTENCE_END = re.compile(r"(?<=[.!?\u061f\u06d4\u0964])\s+|(?<=[\u3002\uff01\uff1f])|\n")
+_STATEMENT = re.compile(r"(?s).*[.!\u06d4\u0964\u3002\uff01]\W*$")
+_EVIDENCE = 3
+"""Prompts that differ only in numbers, which show that answers repeat any number."""
 _QUESTION = re.compile(
     r"(?is)\W*(?!(?:please )?(?:can|could|would|will) you\b)"
-    r"(?:(?:what|who|when|where|why|which|how|is|are|was|were|do|does|did|can|should)\b|.*\?\W*$)"
+    r"(?:(?:what|who|when|where|why|which|how|is|are|was|were|do|does|did|can|should)\b|.*[?;\u037e\u061f\uff1f]\W*$)"
 )
 """Questions, which may be about the numbers in them, unless they ask to do something."""
 
@@ -111,7 +117,8 @@ class _Maker:
         validation: Sequence[TaskRow],
     ) -> None:
         self._rows, self._spec, self._labels = rows, spec, frozenset(labels)
-        self._slotted = {id(row): item for row in rows if (item := SlottedRow.of(row)) is not None}
+        self._english = english = are_english(rows)
+        self._slotted = {id(row): item for row in rows if (item := SlottedRow.of(row, english=english)) is not None}
         # Where few rows have the places of later words, 0 and 1 are no and yes.
         placed = [item.answer.has_offsets(prompt_of(item.row), _BEYOND_FLAGS) for item in self._slotted.values()]
         self._least_word = 0 if 2 * sum(placed) >= len(placed) else _BEYOND_FLAGS
@@ -121,11 +128,12 @@ class _Maker:
         for answer in (answer for row in rows for answer in row.answers):
             texts = self._answers.setdefault(_without_numbers(prompt_of(answer)), set())
             texts.add(_without_numbers(answer.completion or ""))
+        prompts = {prompt_of(answer) for row in rows for answer in row.answers}
+        self._alike = Counter(map(_without_numbers, prompts))
         self._is_rated = is_complete(Counter(answer.completion or "" for row in rows for answer in row.answers))
         for row in rows:
             for number in self._shared_numbers(row):
                 self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
-        self._english = is_english([turn["content"] for row in rows for turn in row.turns if turn["role"] == "user"])
         self._seen = {row.prompt_key for row in rows}
         # What the rows have is learned anyway, such as a greeting.
         self._prompt_of = shared_prompt(validation, rows)
@@ -224,7 +232,9 @@ class _Maker:
             return []
         if not all(map(self._only_repeats, row.answers)):
             return []
-        repeated = set(_NUMBER.findall(answer))
+        said = "\n".join(str(turn["content"]) for turn in row.turns if turn["role"] in _SPEAKERS)
+        in_words = Counter(_ANY_NUMBER.findall(said)) - Counter(_NUMBER.findall(said))
+        repeated = set(_NUMBER.findall(answer)) - in_words.keys()
         return [number for number in _NUMBER.findall(prompt_of(row)) if number in repeated]
 
     def _only_repeats(self, row: TaskRow) -> bool:
@@ -233,12 +243,16 @@ class _Maker:
 
         They also decide the answer if the same prompt with other numbers has another one.
         """
-        told = "\n".join(part for part in _SENTENCE_END.split(_told(row)) if not _QUESTION.match(part))
+        form = _without_numbers(prompt_of(row))
+        # The words that begin a question are known of English alone.
+        is_clear = self._english or self._alike[form] >= _EVIDENCE
+        parts = [part for part in _SENTENCE_END.split(_told(row)) if is_clear or _STATEMENT.match(part)]
+        told = "\n".join(part for part in parts if not _QUESTION.match(part))
         answer, words = row.completion or "", set(told.lower().split())
-        numbers = set(_NUMBER.findall(answer))
+        numbers = set(_ANY_NUMBER.findall(answer))
         return (
-            len(self._answers.get(_without_numbers(prompt_of(row)), ())) <= 1
-            and numbers <= set(_NUMBER.findall(told))
+            len(self._answers.get(form, ())) <= 1
+            and numbers <= set(_ANY_NUMBER.findall(told))
             and not any(map(YEAR.fullmatch, numbers))
             and not has_result(answer)
             and all(word in words for word in re.findall(r"\w+", answer.lower()) if word in NUMBERS)
@@ -280,14 +294,6 @@ def _kept(text: str, turns: Sequence[Message], answer: Answer | None) -> list[Me
     answers = [turns[place]["content"] for place in texts if turns[place]["role"] == "assistant"]
     repeated = {word for answer in answers for word in _WORD.findall(answer)}
     return [
-        *(mention for value in values for mention in (*mentions_of(text, value), *_parts(text, value))),
+        *(mention for value in values for mention in (*mentions_of(text, value), *parts_of(text, value))),
         *(Mention(m.start(), m.end()) for m in _WORD.finditer(text) if m[0] in repeated),
     ]
-
-
-def _parts(text: str, value: str) -> list[Mention]:
-    """Where a text has the value as a part of a word, as compounds do, or without spaces around it, as in Chinese."""
-    is_letter = len(value) < 2 and has_case(value)
-    if not value or is_letter:
-        return []
-    return [Mention(m.start(), m.end()) for m in re.finditer(re.escape(value), text, re.IGNORECASE)]

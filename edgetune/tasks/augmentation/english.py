@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from edgetune.tasks.data import TaskRow
 
 _ENGLISH = frozenset((
     "the", "is", "to", "and", "of", "please", "what", "my", "it", "for", "in", "on", "turn", "set", "how", "can",
-    "you", "a", "i", "me", "at", "off", "up", "down", "this", "that", "with", "all", "from", "are", "not",
+    "you", "off", "up", "down", "this", "that", "with", "all", "from", "are", "not",
     "your", "we", "when", "where", "there", "play", "call", "add", "open", "close", "light", "lights", "room",
     "kitchen", "bedroom", "bathroom", "living", "switch", "make", "get", "show", "tell", "give", "put", "start",
     "stop", "next", "song", "music", "minute", "minutes", "hour", "hours", "degrees", "percent", "weather",
@@ -22,16 +24,22 @@ _OTHERS = frozenset((
     "para", "que", "pon", "enciende", "apaga", "favor", "en", "luz", "le", "les", "des", "du", "et", "dans", "sur",
     "est", "pour", "avec", "une", "mets", "allume", "il", "lo", "gli", "di", "che", "per", "accendi", "spegni", "nella",
     "della", "luce", "het", "een", "van", "de", "zet", "doe", "aan", "uit", "niet", "op", "naar", "voor", "met",
+    "ki", "ka", "ko", "karo", "kar", "hai", "mein",
 ))  # fmt: skip
-"""Frequent words of German, Spanish, French, Italian and Dutch."""
-_SHARE = 0.2
-"""Share of the words that are frequent ones of English, from which on prompts may be."""
-_LAST_LATIN = "\u024f"
+"""Frequent words of German, Spanish, French, Italian and Dutch, and of Hindi where it has English ones among them."""
+_SHARE, _LEAST = 0.25, 3
+"""Share of the words that are frequent ones of English, and how many different ones, from which on prompts may be."""
+
+
+def are_english(rows: Iterable[TaskRow]) -> bool:
+    """Whether the turns of the user are in English."""
+    return is_english([turn["content"] for row in rows for turn in row.turns if turn["role"] == "user"])
 
 
 def is_english(prompts: Sequence[str]) -> bool:
     """Whether the words of all prompts together are rather English than of another language."""
     words = [word.lower() for prompt in prompts for word in re.findall(r"[^\W\d_]+", prompt)]
     english, others = (sum(word in frequent for word in words) for frequent in (_ENGLISH, _OTHERS))
-    foreign = sum(max(word) > _LAST_LATIN for word in words)
-    return english >= _SHARE * len(words) and english > 2 * (others + foreign)
+    foreign = sum(not word.isascii() for word in words)
+    several = len(_ENGLISH.intersection(words)) >= _LEAST
+    return several and english >= _SHARE * len(words) and english > 2 * (others + foreign)

@@ -41,7 +41,7 @@ NUMBERS = {(number_word(number) or "").replace("-", " "): number for number in r
 """The numbers by their words, such as `twenty five`; "one" is more often no number."""
 
 NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
-_WRITTEN = re.compile(r"(?<!\w)(?:\d{4}-\d\d-\d\d|-?\d+(?:[.:,/]\d+)*)")
+_WRITTEN = re.compile(r"(?<!\d)(?:\d{4}-\d\d-\d\d|(?:(?<!\w)-)?\d+(?:[.:,/]\d+)*)")
 _IN_WORDS = re.compile(rf"(?<![\w-])(?:{NUMBER_WORDS})(?![ -](?:{'|'.join(LARGE)})|[\w-])", re.IGNORECASE)
 _PART, _THOUSANDS = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)?"), re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+
+from edgetune.tasks.data import TaskRow
 
 from .answers import BETWEEN_TEXTS, Answer, FieldPath, Scalar
-from .numbers import LARGE, NUMBERS, TENS, digit_words, number_word
+from .dependence import has_number
+from .numbers import LARGE, NUMBERS, TENS, digit_words, number_word, said_numbers
 
 _SHORT = 3
 """Words of at most so many letters, such as `on`, are values only if no text has them more than once."""
+_ANY_SPACE = r"[\s_-]*"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,45 @@ class Slot:
     mentions: tuple[Mention, ...]
 
 
-def slots_of(prompt: str, answer: Answer) -> list[Slot]:
+@dataclass(frozen=True)
+class SlottedRow:
+    """A row with its answers as JSON, and the values in them that a text before has too.
+
+    `english`: the rows are in English, whose number words are values.
+    """
+
+    row: TaskRow
+    answer: Answer
+    slots: Sequence[Slot]
+    english: bool
+
+    @classmethod
+    def of(cls, row: TaskRow, *, english: bool) -> SlottedRow | None:
+        """The row; None if its answer is plain text."""
+        answer = Answer.of(row)
+        if answer is None:
+            return None
+        slots = slots_of(answer.said(row), answer, english=english)
+        return cls(row, answer, [s for s in slots if answer.is_told(row, s.paths[0], s.mentions[0].start)], english)
+
+    @cached_property
+    def other_numbers(self) -> Sequence[Scalar]:
+        """The numbers, times and dates in the texts that are in no slot."""
+        return said_numbers(_without(self.answer.said(self.row), self.slots))
+
+    def is_elsewhere(self, slot: Slot) -> bool:
+        """Whether the texts may have the value of a slot in another form too, which would stay as it is.
+
+        In English only as a part of a word, as in compounds; other languages also have other endings.
+        """
+        said, is_word = _without(self.answer.said(self.row), [slot]), not has_number(slot.value)
+        # Many words of English have `on` or `in` as a part.
+        if self.english and is_word and len(str(slot.value)) < _SHORT:
+            return False
+        return bool(parts_of(said, slot.value)) or (is_word and not self.english and _has_stem(said, str(slot.value)))
+
+
+def slots_of(prompt: str, answer: Answer, *, english: bool) -> list[Slot]:
     """The values of the answer that occur in the prompt as whole words, in order; not those that overlap others."""
     paths: dict[tuple[str, Scalar], list[FieldPath]] = {}
     for path, value in answer.scalars():
@@ -45,17 +87,17 @@ def slots_of(prompt: str, answer: Answer) -> list[Slot]:
     slots = [
         Slot(field, value, tuple(places), mentions)
         for (field, value), places in paths.items()
-        if (mentions := tuple(mentions_of(prompt, value)))
+        if (mentions := tuple(mentions_of(prompt, value, english=english)))
     ]
     return [slot for slot in slots if not any(_overlap(slot, other) for other in slots if other is not slot)]
 
 
-def mentions_of(text: str, value: Scalar) -> list[Mention]:
+def mentions_of(text: str, value: Scalar, *, english: bool = True) -> list[Mention]:
     """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words.
 
-    Texts of digits may be said digit by digit.
+    Texts of digits may be said digit by digit. Both are not looked for if the text is not `english`.
     """
-    pattern = _pattern(value, text)
+    pattern = _pattern(value, text, english=english)
     mentions = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
     is_short = isinstance(value, str) and len(value) <= _SHORT and value.isalpha()
     texts = {text.count(BETWEEN_TEXTS, 0, mention.start) for mention in mentions}
@@ -66,6 +108,29 @@ def has_value(text: str, value: Scalar) -> bool:
     """Whether a text has the value, also a short word more than once."""
     pattern = _pattern(value, text)
     return pattern is not None and pattern.search(text) is not None
+
+
+def parts_of(text: str, value: Scalar) -> list[Mention]:
+    """Where a text has the value, also as a part of a word, as in compounds, or without spaces, as in Chinese."""
+    words = [re.escape(word) for word in spoken(value if isinstance(value, str) else _digits(value)).split()]
+    is_letter = len(words) == 1 and len(words[0]) == 1 and words[0].lower() != words[0].upper()
+    if not words or is_letter:
+        return []
+    pattern = rf"(?!(?<=\d)\d|(?<=\d[.:,])\d){_ANY_SPACE.join(words)}(?!(?<=\d)[.:,]?\d)"
+    return [Mention(m.start(), m.end()) for m in re.finditer(pattern, text, re.IGNORECASE)]
+
+
+def _has_stem(text: str, value: str) -> bool:
+    """Whether a text has words that begin as those of the value do, with half of their letters and one more."""
+    stems = [rf"{re.escape(word[: max(_SHORT, len(word) // 2 + 1)])}\w*" for word in spoken(value).split()]
+    return bool(stems) and re.search(rf"(?<!\w){_ANY_SPACE.join(stems)}", text, re.IGNORECASE) is not None
+
+
+def _without(text: str, slots: Sequence[Slot]) -> str:
+    """The text with spaces for the mentions of these slots."""
+    for mention in (mention for slot in slots for mention in slot.mentions):
+        text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
+    return text
 
 
 def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]], written: Sequence[bool]) -> str:
@@ -89,17 +154,18 @@ def spoken(value: str) -> str:
     return value.replace("_", " ").strip()
 
 
-def _pattern(value: Scalar, text: str) -> re.Pattern[str] | None:
+def _pattern(value: Scalar, text: str, *, english: bool = True) -> re.Pattern[str] | None:
     """What finds the value; None where it has no mention, or it is plain that the text has none."""
     # A look is much faster than the pattern of a value that is seen for the first time.
     lower = text.lower()
     if not isinstance(value, str):
         first = re.split("[ -]", number_word(value) or "")[0]
         is_large = value >= _HUNDRED and any(word in lower for word in LARGE)
-        return _number_pattern(value, in_words=is_large or (0 <= value < _HUNDRED and first in lower))
+        in_words = is_large or (0 <= value < _HUNDRED and first in lower)
+        return _number_pattern(value, in_words=english and in_words)
     first = next(iter(spoken(value).split()), "")
-    is_there = first.lower() in lower or (_is_digits(value) and _DIGIT_WORDS.search(lower) is not None)
-    return _text_pattern(value) if is_there else None
+    in_words = english and _is_digits(value) and _DIGIT_WORDS.search(lower) is not None
+    return _text_pattern(value, in_words=in_words) if in_words or first.lower() in lower else None
 
 
 def _overlap(one: Slot, other: Slot) -> bool:
@@ -107,13 +173,13 @@ def _overlap(one: Slot, other: Slot) -> bool:
 
 
 @lru_cache(maxsize=1 << 16)
-def _text_pattern(value: str) -> re.Pattern[str] | None:
+def _text_pattern(value: str, *, in_words: bool) -> re.Pattern[str] | None:
     words = [re.escape(word) for word in spoken(value).split()]
     if not words or (len(words) == 1 and len(spoken(value)) < 2 and not value.isdigit()):
         return None
     plural = "(?P<plural>(?:e?s)?)" if value[-1].isalpha() and not value.lower().endswith("s") else "(?P<plural>)"
     phrase = r"[\s_-]+".join(words)
-    if _is_digits(value):
+    if in_words:
         said = "[ ,-]+".join(_ZERO if word == "zero" else word for word in digit_words(value).split())
         phrase = f"(?:{phrase}|{_NOT_AFTER_WORDS}{said}{_NOT_BEFORE_WORDS})"
     return re.compile(rf"{_NOT_INSIDE}{phrase}{plural}{_NOT_BEFORE}", re.IGNORECASE)
@@ -132,7 +198,7 @@ def _number_pattern(value: float, *, in_words: bool) -> re.Pattern[str]:
 
 
 # Not a part of another word, or of a time, a fraction, a negative or a decimal number, also one such as .5.
-_NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])(?!(?<=(?<!\w)[-\u2212.])\d)", r"(?!\w)(?![.:,/]\d)"
+_NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])(?!(?<=(?<!\w)[-\u2010-\u2015\u2212.])\d)", r"(?!\w)(?![.:,/]\d)"
 # Nor of another number in words, such as "two" of "twenty two", of "two hundred", of "one hundred and two" and of
 # "four oh two".
 _HUNDRED, _ZERO = 100, "(?:zero|oh|o)"

@@ -12,8 +12,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -25,11 +23,11 @@ from edgetune_runtime.wording import first_of, suggestion
 
 from edgetune.tasks.data import TaskRow
 
-from .answers import NO_VALUE, Answer, FieldPath, Scalar
+from .answers import NO_VALUE, FieldPath, Scalar
 from .dependence import Needs, counting_fields, decided_keys, has_number, is_fixed, is_tied, selects
-from .numbers import YEAR, numbers_in, order, said_numbers
+from .numbers import YEAR, numbers_in, order
 from .schemas import accepts, fields_of, listed_in
-from .slots import Slot, has_value, mentions_of, slots_of, with_values
+from .slots import Slot, SlottedRow, has_value, mentions_of, with_values
 
 _ENOUGH = 3
 """Values that rows with the same unsaid fields have, from which on those of other rows are not used."""
@@ -50,32 +48,6 @@ _DRAWS = 8
 Unsaid = tuple[tuple[str, str], ...]
 Context = tuple[str, tuple[str, ...], Unsaid]
 """Which unsaid fields are in it, the fields that a value decides on, and the unsaid fields with their values."""
-
-
-@dataclass(frozen=True)
-class SlottedRow:
-    """A row with its answers as JSON, and the values in them that a text before has too."""
-
-    row: TaskRow
-    answer: Answer
-    slots: Sequence[Slot]
-
-    @classmethod
-    def of(cls, row: TaskRow) -> SlottedRow | None:
-        """The row; None if its answer is plain text."""
-        answer = Answer.of(row)
-        if answer is None:
-            return None
-        slots = slots_of(answer.said(row), answer)
-        return cls(row, answer, [s for s in slots if answer.is_told(row, s.paths[0], s.mentions[0].start)])
-
-    @cached_property
-    def other_numbers(self) -> Sequence[Scalar]:
-        """The numbers, times and dates in the texts that are in no slot."""
-        said = self.answer.said(self.row)
-        for mention in (mention for slot in self.slots for mention in slot.mentions):
-            said = f"{said[: mention.start]}{' ' * (mention.end - mention.start)}{said[mention.end :]}"
-        return said_numbers(said)
 
 
 class Values:
@@ -149,7 +121,7 @@ class Values:
         value = item.answer.with_scalars({path: new for slot, new in changes for path in slot.paths})
         row = item.answer.row(item.row, said, value)
         # A new value may also be a part of another one, or be there already.
-        reread = SlottedRow.of(row)
+        reread = SlottedRow.of(row, english=item.english)
         if reread is None or len(reread.slots) != len(item.slots) or _json_results(row) != _json_results(item.row):
             return None
         return reread, [f"{slot.field}: {slot.value} → {new}" for slot, new in changes]
@@ -187,6 +159,8 @@ class Values:
     def _options(self, item: SlottedRow, slot: Slot) -> Sequence[Scalar]:
         """The values that can take the place of that of a slot, and its own."""
         if slot.field in self._fixed or _is_followed(item, slot) or self._needs_unsaid(item, slot):
+            return []
+        if item.is_elsewhere(slot):
             return []
         allowed = self._listed_by_schema(item, slot)
         pool = self._pool(slot.field, self._contexts(item, slot), is_text=isinstance(slot.value, str))

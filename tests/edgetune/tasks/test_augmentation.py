@@ -126,7 +126,7 @@ def test_numbers_of_plain_answers_keep_their_order() -> None:
     rows = [{"prompt": f"Use the later time: {a} or {b}", "completion": max(a, b)} for a, b in hours]
     made = pairs(copied(rows, copies=9, **QUIET))
     assert made and all(answer == max(re.findall(r"\d+:\d+", prompt)) for prompt, answer in made)
-    lists = ((90, 81, 40), (55, 12, 70))
+    lists = ((90, 81, 40), (55, 12, 70), (31, 65, 20))
     rows = [
         {"prompt": f"Sort {a}, {b}, {c}", "completion": "{}, {}, {}".format(*sorted((a, b, c)))} for a, b, c in lists
     ]
@@ -154,7 +154,7 @@ def test_numbers_that_decide_a_plain_answer_stay() -> None:
     assert copied(rows, copies=3, **QUIET) == []
     stars = [{"text": f"I waited {n} hours", "label": str(n)} for n in (2, 3, 4)]
     assert copied(stars, copies=3, **QUIET) == []
-    rated = [{"prompt": f"I had to {verb} {n} hours", "completion": str(n)} for n, verb in enumerate(("wait", "stay"))]
+    rated = [{"prompt": f"I had to {verb} {n} hours.", "completion": str(n)} for n, verb in enumerate(("wait", "stay"))]
     assert copied(rated, copies=3, labels=["0", "1"], **QUIET) == []
     assert copied(rated, copies=3, **QUIET)
 
@@ -172,7 +172,7 @@ def test_lists_of_texts_in_an_order_of_their_own_stay() -> None:
 
 
 def test_ratings_stay() -> None:
-    said = (("Broke after 2 days", "2"), ("Fine for 4 days", "4"), ("Bad", "1"))
+    said = (("It broke after 2 days", "2"), ("It is fine for 4 days", "4"), ("Bad for my room", "1"))
     rated = [{"prompt": f"{text}, says {name}", "completion": n} for text, n in said for name in "ABCDE"]
     assert copied(rated, copies=3, **QUIET) == []
     assert copied([*rated, {"prompt": "3 days", "completion": "3"}], copies=3, **QUIET), (
@@ -183,7 +183,9 @@ def test_ratings_stay() -> None:
 @pytest.mark.parametrize("values", [(True, False), (None, "max"), (["light", "dim"], ["heat"])])
 def test_a_field_that_depends_on_an_unsaid_truth_value_or_list_stays(values: tuple[Any, Any]) -> None:
     kinds = dict(zip(("lamp", "kettle", "fan", "oven"), (values[0], values[1], values[0], values[1]), strict=True))
-    asked = [(f"{verb} {device} of {device}{verb}", device) for device in kinds for verb in ("start", "use", "check")]
+    asked = [
+        (f"{verb} {device} of {device[0]}{verb}", device) for device in kinds for verb in ("start", "use", "check")
+    ]
     rows = [{"prompt": prompt, "completion": {"device": device, "kind": kinds[device]}} for prompt, device in asked]
     assert copied(rows, **QUIET) == []
     # A truth value that says nothing of the device fixes none.
@@ -211,7 +213,7 @@ def test_numbers_in_longer_numbers_are_no_values() -> None:
     assert mentions_of("twenty two minutes", 22) == [Mention(0, 10)]
     for text in ("set point 22", "channel 22 two times", "point 22"):
         assert len(mentions_of(text, 22)) == 1, text
-    for text in ("add .2 cups", "add -.2 cups", "set it to -2", "set it to \u22122"):
+    for text in ("add .2 cups", "add -.2 cups", "set it to -2", "set it to \u22122", "set it to \u20132"):
         assert mentions_of(text, 2) == mentions_of(text, "2") == [], text
     assert mentions_of("between -2 and 2", -2) == [Mention(8, 10)]
     for text in ("no.2", "from 1-2", "stop. 2"):
@@ -279,7 +281,8 @@ def test_a_value_that_is_listed_elsewhere_is_exchanged_for_one_that_is_too() -> 
         ("row 1", "attic"), ("row 2", "hall"), ("row 3", "study"),
     }  # fmt: skip
     # Not every number in between is looked for.
-    rows = [talk("7, eight", "to", 7), talk("8, 1000000000", "to", 8), talk("1000000000", "to", 10**9)]
+    asks = "set the light in the hall to"
+    rows = [talk("7, eight", asks, 7), talk("8, 1000000000", asks, 8), talk("1000000000", asks, 10**9)]
     made = copied(rows, copies=9, **QUIET)
     assert {c.source.where: answer["area"] for c, (_, answer) in zip(made, pairs(made), strict=True)} == {
         "row 1": 8, "row 2": 10**9,

@@ -24,6 +24,11 @@ from edgetune.tasks.augmentation.slots import Mention
         (["accendi la luce in cucina", "spegni tutto"], False),
         (["zet de lamp in de keuken aan", "is het warm", "doe alles uit"], False),
         (["रसोई की बत्ती जलाओ", "play रेडियो"], False),
+        (["kitchen ki light on karo", "TV off kar do", "music play karo"], False),
+        (["kapcsold fel a lámpát a konyhában", "kapcsold le a fűtést"], False),
+        (["acende a luz da sala", "abre a porta", "me lembra de ligar a TV"], False),
+        (["aprinde lumina in living", "da drumul la muzica in baie"], False),
+        (["sluk lyset i stuen", "spil musik i stuen", "ring til min mor"], False),
     ],
 )
 def test_english_is_told_from_other_languages(prompts: list[str], expected: bool) -> None:
@@ -68,6 +73,12 @@ def test_noise_keeps_values_that_are_parts_of_words(form: str, rooms: tuple[str,
     rows = [{"prompt": form.format(room), "completion": {"room": room}} for room in rooms]
     copies = pairs(copied(rows, copies=30, noise=1))
     assert copies and all(answer["room"].lower() in prompt.lower() for prompt, answer in copies)
+
+
+def test_another_case_keeps_lines_and_spaces() -> None:
+    made_texts = made("lamps:\n  - Hall\n  - Den").items()
+    texts = {text for text, kind in made_texts if kind == "other case"}
+    assert texts == {"lamps:\n  - hall\n  - den", "LAMPS:\n  - HALL\n  - DEN"}
 
 
 def test_words_of_letters_without_case_get_no_typo() -> None:
