@@ -41,7 +41,7 @@ _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
 """How much longer than the longest prompt of the rows a new one may be; a longer text is not a request."""
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
-_INTRODUCED = re.compile(r"[^\n]*:\s*\n(.*)", re.DOTALL)
+_INTRODUCED = re.compile(r"[^\n]*[:\uff1a]\s*\n(.*)", re.DOTALL)
 _FIRST_ITEM = re.compile(r"^(?:[-*•]|1[.)])\s+")
 _MARKED = re.compile('[*"“”„«»「]+([^*"“”„«»「」]*)[*"“”«»」]+')
 _CUT_OFF = "answers that are cut off (--max-tokens allows more)"

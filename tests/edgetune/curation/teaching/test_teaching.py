@@ -586,6 +586,7 @@ def test_thoughts_and_introductions_are_no_prompts_and_half_characters_no_rows(
         ("turn on the lamp", 'Translate "{}" into "French"', 'Translate "{}" into "French"'),
         ("turn on the lamp", '"{}" and "off"', '"{}" and "off"'),
         ("turn on the lamp", "Here it is:\nlamp {}\n\nIt is short.", "lamp {}"),
+        ("turn on the lamp", "请求如下\uff1a\n把灯{}打开", "把灯{}打开"),
         ("Dear team,\nthe lamp", "Here it is:\n\nHello,\n\nlight {}\n- now", "Hello,\n\nlight {}\n- now"),
         ("Dear team,\nthe lamp", '"Hello,\nlight {}"', "Hello,\nlight {}"),
         ("Sum up:\nthe lamp", "Sum up:\nlight {}", "Sum up:\nlight {}"),
