@@ -36,7 +36,7 @@ _FLOAT_BYTES = 4
 # Of weights in float32, those in bf16 take this share.
 _BF16_SHARE = 0.5
 # Of SmolLM2's chat template in a row with a system prompt, less what `RowsPlan.mean_tokens` is too high by.
-_ROW_CORRECTION_TOKENS = 10
+_ROW_CORRECTION_TOKENS = 6
 
 
 def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from .data import TaskRow, text_of_turn
 
@@ -10,8 +11,10 @@ TEMPLATE_TOKENS = 32
 """A high estimate of what a chat template adds to a row."""
 _TOOLS_TOKENS = 64
 """What is written around the definitions of tools: see `edgetune_runtime.tools.prompts`."""
-_PER_TOKEN = 3
-"""Characters in ASCII per token, a low estimate."""
+_IN_NUMBERS, _SIGN = re.compile(r"[ -/:-@]?[0-9]"), re.compile(r"[!-/:-@\[-`{-~]")
+"""Digits with the sign or space before them, of which many tokenizers make a token each, and other signs."""
+_PER_TOKEN, _SIGNS_PER_TOKEN = 3, 1.5
+"""Letters and spaces in ASCII per token, and signs as in JSON, low estimates."""
 _OTHERS_PER_TOKEN = 1.5
 """Bytes of other characters per token: SmolLM2's tokenizer has 1.6 of Thai and Chinese, and 2.2 of Russian."""
 
@@ -35,5 +38,7 @@ def beginning_tokens(row: TaskRow, system: str | None) -> int:
 
 
 def _tokens(text: str) -> float:
-    plain, size = len(text.encode("ascii", "ignore")), len(text.encode(errors="replace"))
-    return plain / _PER_TOKEN + (size - plain) / _OTHERS_PER_TOKEN
+    numbers, rest = sum(map(len, _IN_NUMBERS.findall(text))), _IN_NUMBERS.sub("", text)
+    signs, plain = len(_SIGN.findall(rest)), len(rest.encode("ascii", "ignore"))
+    others = len(rest.encode(errors="replace")) - plain
+    return numbers + signs / _SIGNS_PER_TOKEN + (plain - signs) / _PER_TOKEN + others / _OTHERS_PER_TOKEN

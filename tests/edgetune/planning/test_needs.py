@@ -252,7 +252,7 @@ def test_what_all_rows_begin_with_takes_its_time_once_per_step(
     plan = plan_build(make_recipe(tmp_path, tiny_gguf("llama"), {"command": adapter}, context_length=512)).plan
     rows = plan.adapters["command"].rows
     assert plan.source is not None and plan.source.shape is not None and rows is not None
-    assert rows.shared_tokens == 300
+    assert rows.shared_tokens == 334
     apart = plan.with_adapters({"command": replace(plan.adapters["command"], rows=replace(rows, shared_tokens=0))})
     room = replace(PLENTY, instruction_sets=frozenset(["avx2"]))
     times = [build_needs.training_time(each, plan.source.shape, room) for each in (plan, apart)]

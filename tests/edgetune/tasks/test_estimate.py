@@ -14,6 +14,8 @@ from edgetune.tasks.estimate import beginning_tokens, estimated_tokens
         ("Пожалуйста, включи свет на кухне, я только что вернулся, и здесь слишком темно.", 61),
         ("กรุณาเปิดไฟในครัว ฉันเพิ่งกลับมาและห้องมืดเกินไป", 91),
         ("please turn on the light in the kitchen, I just came home and the room is far too dark", 20),
+        ("-12.34 7.05 98.61 03-1000-2000 2026-01-01T10:20:30 1395", 55),
+        ('{"a": [{"b": null, "c": -1.5}, {"b": "", "c": 0}, {"d": {"e": [true, false]}}]}', 40),
     ],
 )
 def test_an_estimate_is_not_below_the_tokens_of_smollm2(text: str, tokens: int) -> None:
