@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pwd
 import resource
 import shutil
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ SYSTEM = "answer in one word"
 LONG_PROMPTS = ("answer in one word and play " * 2, "turn on the warm light in the hall " * 2)
 LABELS = ("red", "green", "warm red", "warm")
 TOOLS_CONTEXT = 2048
+_NOBODY = 65534
 VALUE_CURVE, LABEL_CURVE = ConfidenceCurve(50, 0.9, 0.5, -1.0, 0.02), ConfidenceCurve(50, 0.9, 0.25, 0.5, 0.02)
 Run = Callable[..., tuple[int, str, str]]
 
@@ -207,6 +210,19 @@ def runtime(bundle: Path) -> Iterator[Runtime]:
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call gives up waiting for a stream of its own thread sooner."""
     monkeypatch.setattr(places, "PATIENCE_S", 0.5)
+
+
+@pytest.fixture
+def unreadable() -> Iterator[Path]:
+    """A folder that this process may not read, as that of another user; root gives up its rights meanwhile."""
+    user = os.geteuid()
+    # Not in tmp_path, whose parents are for root only.
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0)
+        os.seteuid(user or _NOBODY)
+        yield Path(folder)
+        os.seteuid(user)
+        Path(folder).chmod(0o700)
 
 
 @pytest.fixture

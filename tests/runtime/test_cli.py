@@ -120,6 +120,12 @@ def test_states_are_made_listed_and_deleted(run: Run, bundle: Path, tmp_path: Pa
     assert json.loads(run("cache", "ls", *folder, "--json")[1]) == []
 
 
+def test_a_cache_folder_of_another_user_is_named(run: Run, unreadable: Path) -> None:
+    for action in ("ls", "clear"):
+        code, _, err = run("cache", action, "--cache-folder", unreadable)
+        assert (code, f"{unreadable}: Permission denied; check the path and its permissions" in err) == (2, True)
+
+
 def test_generate_takes_sampling_options(run: Run, bundle: Path, runtime: Runtime) -> None:
     sampling: dict[str, Any] = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repeat_penalty": 1.1}
     sampling["seed"] = 3

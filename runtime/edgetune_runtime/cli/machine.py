@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,12 @@ from .options import open_runtime
 
 if TYPE_CHECKING:
     from edgetune_runtime.inference.runtime import Runtime
+    from edgetune_runtime.states.store import StateStore
 
 
 def list_states(options: argparse.Namespace) -> None:
     """`cache ls`: the states on disk, most recently used first."""
-    from edgetune_runtime.states.store import StateStore, default_folder  # noqa: PLC0415 - not needed for --help
-
-    store = StateStore(options.cache_folder or default_folder(), 0)
+    store = _store(options)
     entries = store.entries()
     if options.json:
         rows = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
@@ -42,14 +42,24 @@ def list_states(options: argparse.Namespace) -> None:
 
 def clear_states(options: argparse.Namespace) -> None:
     """`cache clear`: delete the states and past answers on disk."""
-    from edgetune_runtime.decoding.past_answers import clear_all  # noqa: PLC0415 - as above
-    from edgetune_runtime.states.store import StateStore, default_folder  # noqa: PLC0415 - as above
+    from edgetune_runtime.decoding.past_answers import clear_all  # noqa: PLC0415 - not needed for --help
 
-    store = StateStore(options.cache_folder or default_folder(), 0)
+    store = _store(options)
     count, answers = store.clear(), clear_all(store.folder)
     result = {"deleted": count, "past_answers": answers}
     text = f"deleted {count} states, and the past answers of {answers} bundles, in {store.folder}"
     print(json.dumps(result) if options.json else text)
+
+
+def _store(options: argparse.Namespace) -> StateStore:
+    """The states on disk; OSError if their folder cannot be read."""
+    from edgetune_runtime.states.store import StateStore, default_folder  # noqa: PLC0415 - as above
+
+    folder = options.cache_folder or default_folder()
+    with suppress(FileNotFoundError):
+        # The store itself takes an unreadable folder for an empty one.
+        next(Path(folder).iterdir(), None)
+    return StateStore(folder, 0)
 
 
 def bench(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from array import array
@@ -158,7 +159,7 @@ def _read(path: Path, vocab_size: int) -> list[tuple[bytes, array[int]]]:
         if min(lengths) < 1 or sum(lengths) != len(tokens) or max(tokens) >= vocab_size:
             raise ValueError(f"it has {len(tokens)} tokens for answers of {sum(lengths)}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if path.exists():
+        if os.path.lexists(path):
             _LOG.warning("ignored the past answers in %s: %s", path, error)
         return []
     rest = iter(tokens)

@@ -49,9 +49,9 @@ def default_folder() -> Path:
     UsageError for an account without a home folder.
     """
     folder = os.environ.get(_VARIABLE)
-    if folder:
-        return Path(folder)
     try:
+        if folder:
+            return Path(folder).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune" / "states"
     except RuntimeError as error:
         raise UsageError("this account has no home folder", f"give --cache-folder, or set {_VARIABLE}") from error
@@ -143,10 +143,10 @@ class StateStore:
             _LOG.debug("did not save a state of %.1f MB: the limit is %.1f MB", len(state) / 1e6, self._budget / 1e6)
             return False
         path = self.path_of(identity)
-        if path.is_file() and not path.is_symlink():
-            # What determines a state is in its name, so it is the same.
-            return True
         try:
+            if path.is_file() and not path.is_symlink():
+                # What determines a state is in its name, so it is the same.
+                return True
             if not is_warmed and not self._daily.admits(len(state)):
                 _LOG.debug("did not save a state of %.1f MB: calls wrote enough today", len(state) / 1e6)
                 return False

@@ -134,6 +134,14 @@ def test_a_damaged_file_is_ignored_and_a_folder_that_cannot_be_made_is_no_error(
     assert "cannot save past answers" in caplog.text
 
 
+def test_a_folder_of_another_user_is_no_error(unreadable: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answers = PastAnswers(VOCABULARY, past_answers.path_of(unreadable, "home", "fingerprint"))
+    keep(answers, [1], [7, 8])
+    answers.save()
+    assert last(answers, 1) == [7, 8]
+    assert "cannot save past answers" in caplog.text
+
+
 @pytest.fixture(scope="module", params=["gguf", "onnx"])
 def opening(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"engine": request.param, "disk_mb": 0}

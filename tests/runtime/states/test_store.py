@@ -154,6 +154,13 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     assert store.load(identity("one")) is None
 
 
+def test_the_folder_of_another_user_keeps_nothing(unreadable: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = StateStore(unreadable, 1)
+    assert store.load(identity("one")) is None
+    assert not store.save(identity("one"), STATE, "home", 7)
+    assert f"cannot save a state to disk: [Errno 13] Permission denied: '{unreadable}" in caplog.text
+
+
 def test_clear_deletes_states_and_what_killed_writers_left_and_nothing_else(store: StateStore) -> None:
     store.save(identity("one"), STATE, "home", 7)
     (store.folder / ".abc.kv.tmp-1-1").write_bytes(b"half")
@@ -178,6 +185,9 @@ def test_a_save_deletes_what_killed_writers_left_but_not_the_files_of_writers_at
 
 def test_the_folder_is_the_users_cache_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path / "mine"))
+    assert default_folder() == tmp_path / "mine"
+    monkeypatch.setenv("EDGETUNE_CACHE", "~/mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert default_folder() == tmp_path / "mine"
     monkeypatch.delenv("EDGETUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
