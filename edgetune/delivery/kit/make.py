@@ -37,7 +37,7 @@ from edgetune_runtime.store.opening import DEFAULTS, Opening
 from edgetune_runtime.store.service import PORT
 
 from edgetune.common.progress import Progress
-from edgetune.delivery.wheel.build import cache_folder, llama_wheel
+from edgetune.delivery.wheel.build import llama_wheel, wheel_folder
 from edgetune.delivery.wheel.platforms import SYSTEM_PYTHON
 from edgetune.recipe import task_types
 
@@ -122,7 +122,7 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
         runtime.write_bytes(runtime_data)
         llama = [options.wheel or llama_wheel(target.platform, progress=progress)] if engine == gguf.NAME else []
         extras = [engine, "server", "update", *task_types.load(manifest.task).runtime_extras]
-        cache = cache_folder() / f"{target.platform}-{target.python}"
+        cache = wheel_folder() / f"{target.platform}-{target.python}"
         wheels = collect(extras, target, [runtime, *llama], cache, progress)
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in wheels}
         contents[PROGRAM_NAME] = board_program()

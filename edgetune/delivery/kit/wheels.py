@@ -16,6 +16,7 @@ from email.message import Message
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
+from edgetune_export.base_file.cache import make_in_cache
 from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
@@ -103,7 +104,7 @@ def collect(
     the versions that are installed here, with which bundles were checked, or else the newest; they are downloaded into
     the folder `cache`, unless it has them. A second process waits for the first.
     """
-    cache.mkdir(parents=True, exist_ok=True)
+    make_in_cache(cache)
     with waiting_lock(cache / ".lock", progress):
         return _collected(extras, target, local, cache, progress)
 

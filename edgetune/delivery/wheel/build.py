@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import tarfile
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import platformdirs
-from edgetune_export.base_file.llama_cpp_source import download_source
+from edgetune_export.base_file.cache import cache_folder, make_in_cache
+from edgetune_export.base_file.llama_cpp_source import download_source, unpack_source
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.common.progress import Progress
@@ -30,9 +29,9 @@ _LLAMA_PARTS = ("CMakeLists.txt", "LICENSE", "licenses/", "cmake/", "ggml/", "in
 _PARTS = ("PKG-INFO", "LICENSE.md", f"{PACKAGE}/", *(f"vendor/llama.cpp/{part}" for part in _LLAMA_PARTS))
 
 
-def cache_folder() -> Path:
+def wheel_folder() -> Path:
     """The folder with the wheels; `pip install --find-links` with it takes them."""
-    return Path(platformdirs.user_cache_dir("edgetune")) / "wheels"
+    return cache_folder() / "wheels"
 
 
 def llama_wheel(platform: str, *, progress: Progress) -> Path:
@@ -41,13 +40,13 @@ def llama_wheel(platform: str, *, progress: Progress) -> Path:
     The first build takes some minutes; a second process waits for the first. The same version, platform and compiler
     give the same bytes.
 
-    Raises UsageError for an unknown platform, IncompatibleError if zig, CMake or Ninja is missing or the compiler
-    fails, NotFoundError if pip cannot download the source.
+    Raises UsageError for an unknown platform, or a cache folder that cannot be written, IncompatibleError if zig, CMake
+    or Ninja is missing or the compiler fails, NotFoundError if pip cannot download the source.
     """
     target = platform_of(platform)
     version = importlib.metadata.version("llama-cpp-python")
-    wheel = cache_folder() / wheel_name(version, target.tag)
-    wheel.parent.mkdir(parents=True, exist_ok=True)
+    wheel = wheel_folder() / wheel_name(version, target.tag)
+    make_in_cache(wheel.parent)
     with waiting_lock(wheel.with_suffix(".lock"), progress):
         if wheel.is_file():
             return wheel
@@ -55,7 +54,7 @@ def llama_wheel(platform: str, *, progress: Progress) -> Path:
         with tempfile.TemporaryDirectory(dir=wheel.parent, prefix="build-") as name:
             folder = Path(name)
             progress.say(f"downloading the source of llama-cpp-python {version}")
-            source = _unpack(download_source(version, folder), folder)
+            source = unpack_source(download_source(version, folder), folder, _PARTS)
             libraries = compile_libraries(
                 source / "vendor/llama.cpp",
                 folder / "build",
@@ -87,12 +86,3 @@ def write_wheel(out: Path, source: Path, libraries: Iterable[Path], *, version: 
     metadata["METADATA"] = (source / "PKG-INFO").read_bytes()
     head = f"Generator: {generator}\nRoot-Is-Purelib: false\nTag: {tag}\nBuild: {BUILD}\n"
     out.write_bytes(wheel_bytes(files, metadata, f"llama_cpp_python-{version}.dist-info", head, compressed=True))
-
-
-def _unpack(archive: Path, folder: Path) -> Path:
-    """Unpack what the wheel is made from; returns the folder of the source distribution."""
-    root = archive.name.removesuffix(".tar.gz")
-    parts = tuple(f"{root}/{part}" for part in _PARTS)
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, (member for member in tar if member.name.startswith(parts)), filter="data")
-    return folder / root

@@ -12,14 +12,12 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError, parsing
 from edgetune_runtime.formats.atomic import TEMPORARY
 
@@ -28,7 +26,8 @@ from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.hf_folder import CONFIG_NAME, entries, read_config, read_json
 
-from .llama_cpp_source import download_source
+from .cache import cache_folder, make_in_cache
+from .llama_cpp_source import download_source, unpack_source
 
 SCRIPT = "convert_hf_to_gguf.py"
 # The parts of vendor/llama.cpp that the converter needs.
@@ -182,7 +181,7 @@ def find_converter(converter: Path | None = None) -> Path:
             raise NotFoundError(f"{converter} has no {SCRIPT}", "use a llama.cpp checkout")
         return script
     version = llama_cpp_version()
-    cached = Path(platformdirs.user_cache_dir("edgetune")) / f"llama-cpp-python-{version}"
+    cached = cache_folder() / f"llama-cpp-python-{version}"
     if not (cached / SCRIPT).is_file():
         _fetch(version, cached)
     return cached / SCRIPT
@@ -190,7 +189,7 @@ def find_converter(converter: Path | None = None) -> Path:
 
 def _fetch(version: str, target: Path) -> None:
     """Download the source distribution, and keep the converter in `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_in_cache(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         archive = download_source(version, Path(folder), "pass a llama.cpp checkout with --converter")
         unpacked = _extract(archive, Path(folder))
@@ -204,11 +203,8 @@ def _fetch(version: str, target: Path) -> None:
 
 def _extract(archive: Path, folder: Path) -> Path:
     """Unpack the converter from a source distribution; returns the folder with the script."""
-    root = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
-    prefixes = tuple(root + part for part in PARTS)
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(prefixes)], filter="data")
-    unpacked = folder / root
+    within = "vendor/llama.cpp"
+    unpacked = unpack_source(archive, folder, [f"{within}/{part}" for part in PARTS]) / within
     if not (unpacked / SCRIPT).is_file():
         raise VerificationError(f"{archive.name} has no {SCRIPT}", "pass a llama.cpp checkout with --converter")
     return unpacked

@@ -1,10 +1,12 @@
-"""Downloads the source distribution of llama-cpp-python with pip, which checks its digest."""
+"""Downloads the source distribution of llama-cpp-python with pip, which checks its digest, and unpacks parts of it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 from edgetune_runtime.errors import NotFoundError, VerificationError
 
@@ -35,6 +37,24 @@ def download_source(version: str, folder: Path, alternative: str = "") -> Path:
         raise VerificationError(message, _or("check pip's index", alternative))
     message = f"pip could not download the source of {requirement}"
     raise NotFoundError(message, _or("connect to the network once", alternative))
+
+
+def unpack_source(archive: Path, folder: Path, parts: Iterable[str]) -> Path:
+    """Unpack the files whose paths in the distribution begin with one of `parts`; returns the distribution's folder.
+
+    Links, and what would be outside the folder, are left out.
+    """
+    root = archive.name.removesuffix(".tar.gz")
+    prefixes = tuple(f"{root}/{part}" for part in parts)
+    # Not with extractall: its filters, which refuse such members, came with Python 3.11.4.
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() and member.name.startswith(prefixes) else None
+            if file is not None and ".." not in PurePosixPath(member.name).parts:
+                path = folder / member.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.read())
+    return folder / root
 
 
 def _or(remedy: str, alternative: str) -> str:

@@ -18,7 +18,7 @@ from edgetune_export import architectures
 from edgetune_export.base_file import llama_cpp_source, run_converter
 from edgetune_export.base_file.convert import SCRIPT, check_folder, convert_folder, find_converter
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from tiny import ARCHITECTURES
 
@@ -120,6 +120,12 @@ def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest
     assert [path.name for path in script.parent.parent.iterdir()] == [f"llama-cpp-python-{VERSION}"]
     shutil.rmtree(index)
     assert find_converter() == script
+
+
+def test_a_cache_folder_that_cannot_be_written_says_how_to_move_it(index: Path) -> None:
+    (index.parent / "cache").touch()
+    message = f"cannot write to the cache folder {index.parent}/cache/edgetune; set XDG_CACHE_HOME to a folder"
+    assert_refused(UsageError, message, find_converter)
 
 
 def test_modules_in_the_working_folder_are_not_run(
