@@ -6,6 +6,7 @@ EdgetuneError                1
 ├── NotFoundError            3   a file, an adapter, a base or a board does not exist
 ├── VerificationError        4   a file is damaged, or the export does not match the trained model
 ├── IncompatibleError        5   valid parts that do not fit together, or that this machine cannot run
+│   └── MissingLibraryError  5   a library is not installed, or cannot be loaded
 ├── OutOfSpaceError          6   a disk is full
 ├── BusyError                7   too many calls are already waiting, or the machine has no time for one
 ├── UnreachableError         8   another machine cannot be reached, or the connection was lost
@@ -19,6 +20,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from .wording import printable, shortened
 
@@ -73,6 +75,10 @@ class IncompatibleError(EdgetuneError):
     exit_code = 5
 
 
+class MissingLibraryError(IncompatibleError):
+    """A library that is needed is not installed, or cannot be loaded."""
+
+
 class OutOfSpaceError(EdgetuneError):
     """A disk has no space for the file to be written."""
 
@@ -109,15 +115,21 @@ class CancelledError(EdgetuneError):
 
 @contextmanager
 def importing(need: str, install: str) -> Iterator[None]:
-    """Turn an ImportError in the block into an IncompatibleError: `need` (such as "serving needs") and the library.
+    """Turn what imports in the block raise into a MissingLibraryError: `need` (such as "serving needs"), and why.
 
     `install` is what pip installs for it.
     """
     try:
         yield
-    except ImportError as error:
-        message = f"{need} {error.name}, which is not installed"
-        raise IncompatibleError(message, f"run: pip install {install}") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        name = ((error.name if isinstance(error, ModuleNotFoundError) else None) or "").partition(".")[0]
+        if name and find_spec(name) is None:
+            message, remedy = f"{need} {name}, which is not installed", f"run: pip install {install}"
+        else:
+            # An old library lacks a name or a submodule; native code may need another system.
+            message = f"{need} a library that cannot be loaded: {shortened(str(error))}"
+            remedy = f"run: pip install --upgrade {install}"
+        raise MissingLibraryError(message, remedy) from error
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 COPY_FILE_AGAIN = "build or copy the file again"
 COPY_BUNDLE_AGAIN = "build or copy the bundle again"
+ONNX_NEEDS = ("ONNX bundles need", '"edgetune-runtime[onnx]"')
+"""Of `importing`."""
 CLOSED = ("the runtime is closed", "open the bundle again")
 """Message and remedy of the UsageError after `close`."""
 

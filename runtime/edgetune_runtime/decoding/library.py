@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.wording import shortened
 
 from .child_compiler import TOO_EXPENSIVE, reason_against
+
+if TYPE_CHECKING:
+    from edgetune_runtime.bundle import Manifest
 
 DEAD_END = "NoExtensionBias"
 """Part of llguidance's error where no token of the vocabulary fits, and the answer may not end."""
@@ -45,10 +48,16 @@ _NOISE = (
 
 @cache
 def library() -> Any:  # noqa: ANN401 - an optional module
-    """The llguidance module; IncompatibleError that says what to install when it is missing."""
+    """The llguidance module; MissingLibraryError when it is missing."""
     with importing("output constraints need", '"edgetune-runtime[structured]"'):
         import llguidance  # noqa: PLC0415 - optional
     return llguidance
+
+
+def require_for(manifest: Manifest) -> None:
+    """Raise MissingLibraryError if an adapter's answers are constrained, and the library is missing."""
+    if any(entry.output is not None for entry in manifest.adapters.values()):
+        library()
 
 
 @cache

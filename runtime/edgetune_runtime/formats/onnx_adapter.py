@@ -12,11 +12,14 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from flatbuffers import encode, number_types, packer
-from flatbuffers.table import Table
 from numpy.typing import NDArray
 
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import VerificationError, importing
+from edgetune_runtime.wording import ONNX_NEEDS
+
+with importing(*ONNX_NEEDS):
+    from flatbuffers import encode, number_types, packer
+    from flatbuffers.table import Table
 
 _IDENTIFIER, _FORMAT_VERSION = b"TORT", 1
 _TYPES = {1: np.float32, 10: np.float16}

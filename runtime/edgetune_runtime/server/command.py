@@ -92,6 +92,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         from .listening import serve  # noqa: PLC0415
         from .metrics_middleware import LOG  # noqa: PLC0415
         from .rewriting import Rewriter  # noqa: PLC0415
+    from edgetune_runtime.decoding.library import require_for  # noqa: PLC0415 - it imports numpy
+
     if options.log_requests:
         LOG.setLevel(logging.INFO)
     limits = _limits(options)
@@ -101,6 +103,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
     rewriters = [Rewriter.load(spec, options.app_dir.resolve()) for spec in options.rewrite]
     with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
+        # Or each request of such an adapter would fail.
+        require_for(runtime.manifest)
         url = url_of(listening)
 
         def ready(_: Callable[[], None]) -> None:

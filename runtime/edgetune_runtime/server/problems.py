@@ -13,6 +13,7 @@ from edgetune_runtime.errors import (
     BusyError,
     EdgetuneError,
     IncompatibleError,
+    MissingLibraryError,
     NotFoundError,
     PromptTooLongError,
     UnsureError,
@@ -70,7 +71,7 @@ def status_of(error: EdgetuneError) -> int:
         return error.status
     if isinstance(error, NotFoundError):
         return 404
-    if isinstance(error, UsageError | IncompatibleError):
+    if isinstance(error, UsageError | IncompatibleError) and not isinstance(error, MissingLibraryError):
         return 400
     if isinstance(error, UnsureError):
         return 422

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +97,20 @@ def test_other_files_are_refused(data: bytes, file: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="No such file"):
         adapter_arrays(tmp_path / "x", "x")
+
+
+WITHOUT = """
+import sys
+sys.modules["flatbuffers"] = None
+from edgetune_runtime import IncompatibleError, engines
+try:
+    engines.load("onnx")
+except IncompatibleError as error:
+    print(error)
+"""
+
+
+def test_without_flatbuffers_the_error_says_what_to_install() -> None:
+    told = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True).stdout
+    expected = 'ONNX bundles need flatbuffers, which is not installed; run: pip install "edgetune-runtime[onnx]"\n'
+    assert told == expected

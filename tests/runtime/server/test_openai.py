@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from typing import Literal
 
 import httpx
 import openai
 import pytest
+from edgetune_runtime.decoding.library import library
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from runtime.server.conftest import Running, Start
@@ -169,6 +171,16 @@ def test_json_object_with_a_schema_fits_it(path: str, server: Running) -> None:
     reply = server.client.post(path, json=body).json()
     text = reply["choices"][0]["message"]["content"] if "choices" in reply else reply["output"][0]["content"][0]["text"]
     assert json.loads(text)["lamp"] == 1
+
+
+def test_a_library_that_the_server_lacks_is_no_fault_of_the_client(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.cache_clear()
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    body = {"model": "command", "messages": MESSAGES, "response_format": {"type": "json_object"}}
+    response = server.client.post("/v1/chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
 
 
 def test_stop_texts_end_an_answer(server: Running, client: OpenAI) -> None:

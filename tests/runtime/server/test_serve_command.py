@@ -152,10 +152,27 @@ def test_a_port_in_use_is_reported_before_the_bundle_is_opened(
     assert f"port {port}: {os.strerror(98)}" in capsys.readouterr().err
 
 
+def without(*libraries: str) -> list[str]:
+    """The command of `edgetune-run` where these libraries are not installed."""
+    probe = f"import sys; sys.modules.update(dict.fromkeys({libraries})); "
+    return [sys.executable, "-c", f"{probe}from edgetune_runtime.cli import main; sys.exit(main(sys.argv[1:]))"]
+
+
+@pytest.mark.parametrize("command", ["serve", "wyoming"])
+def test_a_bundle_with_constraints_is_not_served_without_their_library(
+    command: str, bundle: Path, tmp_path: Path
+) -> None:
+    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+    change_manifest(home, lambda raw: raw["adapters"]["command"].update(output={"choices": ["on", "off"]}))
+    options = ["--port", "0"] if command == "serve" else ["--uri", "tcp://127.0.0.1:0", "--adapter", "command"]
+    served = [*without("llguidance"), command, str(home), *options]
+    failed = subprocess.run(served, capture_output=True, text=True, check=False, timeout=60)
+    assert (failed.returncode, failed.stdout) == (5, "")
+    assert 'need llguidance, which is not installed; run: pip install "edgetune-runtime[structured]"' in failed.stderr
+
+
 def test_help_needs_no_extra() -> None:
-    probe = "import sys; sys.modules['starlette'] = sys.modules['uvicorn'] = None; "
-    run = "from edgetune_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", probe + run, "serve"]
+    command = [*without("starlette", "uvicorn"), "serve"]
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--api-key-file" in told
     failed = subprocess.run([*command, "bundle"], capture_output=True, text=True, check=False)

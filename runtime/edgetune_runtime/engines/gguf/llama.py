@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, VerificationError, importing
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
 from edgetune_runtime.text.controls import ControlTokens
@@ -22,8 +22,7 @@ _SPM_VOCABULARY = 1
 _UNKNOWN_OR_CONTROL = 1 | 8
 """Bits of llama_token_attr: tokens that are parsed only where control tokens are."""
 _INSTALL = (
-    'run: pip install "edgetune-runtime[gguf]", which needs a C++ compiler '
-    "(Debian: apt install g++, macOS: xcode-select --install)"
+    '"edgetune-runtime[gguf]", which needs a C++ compiler (Debian: apt install g++, macOS: xcode-select --install)'
 )
 
 _LOG = LlamaLog()
@@ -32,12 +31,8 @@ _LOG = LlamaLog()
 @cache
 def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
     """The llama_cpp module, which logs to `logging`; if it is missing, IncompatibleError names the install command."""
-    try:
+    with importing("GGUF bundles need", _INSTALL):
         import llama_cpp  # noqa: PLC0415 - heavy and optional
-    except ImportError as error:
-        raise IncompatibleError("GGUF bundles need llama-cpp-python, which is not installed", _INSTALL) from error
-    except (OSError, RuntimeError) as error:
-        raise IncompatibleError(f"llama-cpp-python cannot be loaded: {error}", _INSTALL) from error
     llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
     load_backends(llama_cpp)
     llama_cpp.llama_backend_init()

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune_runtime.engines.base import StepStopped
 from edgetune_runtime.errors import IncompatibleError, VerificationError, importing
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, ONNX_NEEDS, shortened
 
 OLDEST = (1, 31)
 """The version that onnxruntime-genai, whose builder makes the graphs, needs. Older operators may lack 8-bit weights."""
@@ -29,8 +29,6 @@ _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging
 _EXPECTED = "appears in graph inputs and will not be treated as constant value/weight"
 """For each input with a default, such as the slots of adapters, whose default is empty."""
 
-_INSTALL = '--upgrade "edgetune-runtime[onnx]"'
-
 
 @cache
 def library() -> Any:  # noqa: ANN401 - a module without types
@@ -40,13 +38,13 @@ def library() -> Any:  # noqa: ANN401 - a module without types
     imported; here it is, unless the user has set it.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    with importing("ONNX bundles need", _INSTALL):
+    with importing(*ONNX_NEEDS):
         import onnxruntime  # noqa: PLC0415 - heavy and optional
     version = onnxruntime.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         message = f"onnxruntime {version} is too old, {oldest} or newer is needed"
-        raise IncompatibleError(message, f"run: pip install {_INSTALL}")
+        raise IncompatibleError(message, f"run: pip install --upgrade {ONNX_NEEDS[1]}")
     if _has_callback(onnxruntime):
         onnxruntime.set_default_logger_callback(_log, _WARNING)
     else:

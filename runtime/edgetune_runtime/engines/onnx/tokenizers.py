@@ -15,7 +15,7 @@ from edgetune_runtime.errors import VerificationError, importing, parsing
 from edgetune_runtime.formats.regular_file import reading
 from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME, check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, ONNX_NEEDS, shortened
 
 if TYPE_CHECKING:
     import tokenizers
@@ -128,7 +128,7 @@ def byte_character(byte: int) -> str:
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Load a `tokenizer.json` so that it neither pads nor truncates; same errors as `JsonTokenizer`."""
-    with importing("ONNX bundles need", '"edgetune-runtime[onnx]"'):
+    with importing(*ONNX_NEEDS):
         import tokenizers  # noqa: PLC0415 - optional
     text = _read(path)
     check_tokenizer(text, path)

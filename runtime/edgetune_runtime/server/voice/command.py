@@ -44,7 +44,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     """
     with importing("the Wyoming service needs", '"edgetune-runtime[wyoming]"'):
         from .service import WyomingService, serve  # noqa: PLC0415 - only `wyoming` needs the extra
-    from edgetune_runtime.inference.asynchronous import AsyncRuntime  # noqa: PLC0415 - it imports numpy
+    from edgetune_runtime.decoding.library import require_for  # noqa: PLC0415 - it imports numpy
+    from edgetune_runtime.inference.asynchronous import AsyncRuntime  # noqa: PLC0415 - as above
     from edgetune_runtime.text.sampling import Sampling  # noqa: PLC0415 - as above
 
     # Now, and not at each transcript.
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         raise UsageError(f"--languages {options.languages!r} has an empty name", "give names such as en,de")
 
     with bind(host, port) as listening, open_bundle() as runtime:
+        require_for(runtime.manifest)
         service = WyomingService(AsyncRuntime(runtime), adapter, languages, options.max_tokens, options.deadline_s)
         uri = url_of(listening, "tcp")
         line = json.dumps({"uri": uri, "pid": os.getpid()}) if options.json else f"serving {options.bundle} at {uri}"

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from edgetune_runtime import IncompatibleError
+from edgetune_runtime.errors import importing
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("another.py", "", "serving needs no_such_library, which is not installed; run: pip install x"),
+        (
+            "no_such_library.py",
+            "import no_such_library.part",
+            "cannot be loaded: No module named 'no_such_lib",
+        ),
+        ("no_such_library.py", "from os import no_name", "cannot be loaded: cannot import name 'no_name' from 'os'"),
+        ("no_such_library.py", "raise RuntimeError('no\\nlibrary')", "cannot be loaded: no library; "),
+        (
+            "no_such_library.abi3.so",
+            "no library",
+            "abi3.so: file too short; run: pip install --upgrade x",
+        ),
+    ],
+)
+def test_a_library_that_is_missing_is_told_from_one_that_cannot_be_loaded(
+    file: str, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(IncompatibleError) as raised, importing("serving needs", "x"):
+        import_module("no_such_library")
+    assert told in str(raised.value)
+    assert ("not installed" in str(raised.value)) == (file == "another.py")
