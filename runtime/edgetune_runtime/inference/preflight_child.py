@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgetune_runtime import engines, errors
-from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.errors import EdgetuneError, error_to_report
 from edgetune_runtime.processes.confinement import ProcessLimits, confine
 
 from .preflight import DONE, ERROR, STEP, tried
@@ -65,9 +65,11 @@ def _open(bundle: str, options: Mapping[str, Any], added: tuple[str, str] | None
             for entry in entries:
                 if added is not None or not entry.is_merged(runtime.engine):
                     _compute(runtime, entry.name, write)
-    except EdgetuneError as error:
-        name = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
-        write(ERROR, {"name": name, "message": error.message, "remedy": error.remedy})
+    except (EdgetuneError, PermissionError) as error:
+        # A file of another user says nothing about the bundle.
+        told = error_to_report(error)
+        name = next(kind.__name__ for kind in type(told).__mro__ if hasattr(errors, kind.__name__))
+        write(ERROR, {"name": name, "message": told.message, "remedy": told.remedy})
         return
     for entry in entries if added is None else ():
         if entry.is_merged(options["engine"]):

@@ -112,6 +112,11 @@ def test_an_abort_of_native_code_is_one_line(toy: Callable[[str], Path]) -> None
     assert not remembered()
 
 
+def test_a_file_that_may_not_be_read_does_not_make_the_bundle_unsafe(toy: Callable[[str], Path]) -> None:
+    error = error_of(toy("raise PermissionError(13, 'Permission denied', str(path))"))
+    assert str(error).endswith("/base/model.gguf: Permission denied; check the path and its permissions")
+
+
 def test_an_abort_of_a_merged_model_is_found_before_its_first_use(toy: Callable[[str], Path]) -> None:
     home = toy("'whole' in str(path) and os.abort()")
     assert "while computing with adapter 'whole', a child process was ended by SIGABRT" in str(error_of(home))
