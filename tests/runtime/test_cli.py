@@ -120,6 +120,19 @@ def test_states_are_made_listed_and_deleted(run: Run, bundle: Path, tmp_path: Pa
     assert json.loads(run("cache", "ls", *folder, "--json")[1]) == []
 
 
+def test_warm_fails_if_the_states_cannot_be_saved(run: Run, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, out, err = run("warm", bundle, "--cache-folder", tmp_path / "file/states")
+    assert (code, out) == (1, "")
+    assert err.endswith("of the states are not saved; give --cache-folder, a folder with space that you may write to\n")
+
+
+@pytest.mark.usefixtures("no_home")
+def test_warm_fails_without_a_cache_folder(run: Run, bundle: Path) -> None:
+    code, _, err = run("warm", bundle)
+    assert (code, "of the states are not saved; give --cache-folder" in err) == (1, True)
+
+
 def test_a_cache_folder_of_another_user_is_named(run: Run, unreadable: Path) -> None:
     for action in ("ls", "clear"):
         code, _, err = run("cache", action, "--cache-folder", unreadable)

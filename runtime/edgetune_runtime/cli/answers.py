@@ -11,6 +11,7 @@ from typing import Any
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import ERROR, Manifest, RouterEntry, bytes_of_model, read_manifest, verify_files
+from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.processes.child_process import MAX_S
 from edgetune_runtime.processes.confinement import confine, limits_of
@@ -153,8 +154,16 @@ def _confined(options: argparse.Namespace) -> dict[str, Any]:
 
 def warm(options: argparse.Namespace) -> None:
     """`warm`: compute and save the states of fixed prompts."""
+    from edgetune_runtime.inference.measuring import loaded_bundle  # noqa: PLC0415 - see open_runtime
+
     with open_runtime(options) as runtime:
         tokens = runtime.warm()
+        prompts = loaded_bundle(runtime).base.first.shared.prompts
+    store = None if prompts is None else prompts.store
+    if tokens and (store is None or store.failures):
+        # A warning has said why.
+        message = f"{store.failures if store else len(tokens)} of the states are not saved"
+        raise EdgetuneError(message, "give --cache-folder, a folder with space that you may write to")
     if options.json:
         print(json.dumps(tokens, ensure_ascii=False))
         return

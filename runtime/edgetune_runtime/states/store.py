@@ -90,6 +90,8 @@ class StateStore:
         self.folder, self._verify = folder, verify
         self._budget = budget_mb * 1e6
         self._daily = DailyBudget(folder, mb_per_day * 1e6)
+        self.failures = 0
+        """States that could not be written."""
 
     def path_of(self, identity: Mapping[str, Any]) -> Path:
         """The file of the state with this identity: everything that determines the state, as JSON values."""
@@ -158,6 +160,7 @@ class StateStore:
                 self._daily.count(len(state))
             write_checked(path, KIND, {"identity": identity, "label": label, "tokens": tokens}, state)
         except (OSError, OutOfSpaceError) as error:
+            self.failures += 1
             _LOG.warning("cannot save a state to disk: %s", error)
             return False
         return True
