@@ -24,6 +24,8 @@ from importlib.util import find_spec
 
 from .wording import printable, shortened
 
+_NO_THREAD = "can't start new thread"
+"""The text of Python's RuntimeError."""
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the system's errors for a full disk, a used up quota, and a file that is larger than the limit."""
 
@@ -155,6 +157,9 @@ def error_to_report(
         return CancelledError(str(error) or "interrupted")
     if isinstance(error, OSError) and error.filename is not None:
         return UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
+    if isinstance(error, MemoryError) or _NO_THREAD in str(error):
+        remedy = "free some memory, or raise the limits of this process (ulimit -v and -u)"
+        return EdgetuneError("the system gives this process no more memory or threads", remedy)
     description = " ".join(f"{type(error).__name__}: {error}".split())
     return EdgetuneError(f"unexpected {description}", unexpected)
 

@@ -308,6 +308,8 @@ def test_each_error_is_one_line_with_its_exit_code(run: Run, bundle: Path, tmp_p
         (2, ("generate", bundle, *prompt, "--engine", "onxx")),
         (2, ()),
         (2, ("generat", bundle)),
+        # Not an abbreviation of --adapters-mb.
+        (2, ("check", bundle, "--adapter", "1")),
         (3, ("generate", bundle, *prompt, "--adapter", "tome")),
         (3, ("info", tmp_path / "none")),
         (4, ("generate", damaged, *prompt)),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import IncompatibleError
-from edgetune_runtime.errors import importing
+from edgetune_runtime.errors import error_to_report, importing
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,9 @@ def test_a_library_that_is_missing_is_told_from_one_that_cannot_be_loaded(
         import_module("no_such_library")
     assert told in str(raised.value)
     assert ("not installed" in str(raised.value)) == (file == "another.py")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_lack_of_memory_is_no_unexpected_error(error: Exception) -> None:
+    told = str(error_to_report(error))
+    assert told.startswith("the system gives this process no more memory or threads; free some memory, or raise")

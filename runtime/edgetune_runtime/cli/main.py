@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from edgetune_runtime import __version__
 from edgetune_runtime.bundle.signatures import read_signed_manifest
@@ -40,7 +40,10 @@ _LOGGERS = ("edgetune_runtime", "uvicorn.error", "asyncio")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line."""
+    """Reports a wrong command line in one line, and takes no abbreviations, which may be options of other commands."""
+
+    def __init__(self, prog: str, **options: Any) -> None:  # noqa: ANN401 - those of argparse
+        super().__init__(prog, **options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"{PROGRAM}: {message}; see {self.prog} --help\n")
