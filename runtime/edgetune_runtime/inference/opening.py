@@ -25,7 +25,7 @@ from edgetune_runtime.bundle import (
 )
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Engine, EngineClass
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, MissingLibraryError, UsageError, VerificationError
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.governor import Governor
@@ -49,6 +49,25 @@ _M_MMAP_THRESHOLD = -3
 _MAX_CONTEXTS = 4
 _SHARE_OF_FREE = 0.25
 """Share of the free memory that additional contexts may use."""
+
+
+def require_library(manifest: Manifest, engine: str) -> None:
+    """Load the library of an engine; MissingLibraryError also names another engine with which the bundle opens here."""
+    try:
+        engines.load(engine, manifest.task).library_version()
+    except MissingLibraryError as error:
+        other = next((name for name in manifest.base.files if _has_library(name, manifest.task)), None)
+        if other is None:
+            raise
+        raise MissingLibraryError(error.message, f"{error.remedy}, or use engine {other}") from error
+
+
+def _has_library(engine: str, task: str) -> bool:
+    try:
+        engines.load(engine, task).library_version()
+    except EdgetuneError:
+        return False
+    return True
 
 
 def open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Pool | Classifier:

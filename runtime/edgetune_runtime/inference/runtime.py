@@ -28,7 +28,7 @@ from .adapter_choice import Adapters
 from .answer import Answer, Outcome, Stream
 from .label_search import LabelScores, score_labels
 from .loaded import LoadedBundle
-from .opening import open_base
+from .opening import open_base, require_library
 from .opening_options import RuntimeOptions, decide
 from .options import AnswerForm, AnswerOptions, split_options
 from .preflight import require_opens
@@ -63,6 +63,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         try:
             manifest = read_signed_manifest(folder, options.get("trusted_keys"))
             decided = decide(manifest, **options)
+            require_library(manifest, decided.engine)
             if decided.preflight:
                 require_opens(folder, manifest, decided)
             loaded = LoadedBundle(folder, manifest, open_base(folder, manifest, decided), decided, in_use)
