@@ -397,7 +397,7 @@ def test_an_engine_that_is_installed_is_named_where_another_is_not(both_of: Call
     probe = "import sys; sys.modules['llama_cpp'] = None; " + RUN[2].split("; ", 1)[1]
     command = [sys.executable, "-c", probe, "generate", str(both_of("llama")), "--prompt", "play"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.endswith("--install), or use engine onnx\n")) == (5, True)
+    assert (done.returncode, done.stderr.endswith("under macOS), or use engine onnx\n")) == (5, True)
 
 
 def test_doctor_reports_the_machine_and_its_problems(run: Run, bundle: Path) -> None:

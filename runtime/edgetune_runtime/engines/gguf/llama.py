@@ -22,7 +22,8 @@ _SPM_VOCABULARY = 1
 _UNKNOWN_OR_CONTROL = 1 | 8
 """Bits of llama_token_attr: tokens that are parsed only where control tokens are."""
 _INSTALL = (
-    '"edgetune-runtime[gguf]", which needs a C++ compiler (Debian: apt install g++, macOS: xcode-select --install)'
+    '"edgetune-runtime[gguf]", which needs a C++ compiler '
+    "(apt install g++ under Debian, xcode-select --install under macOS)"
 )
 
 _LOG = LlamaLog()
