@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ class AnswerRequest:
     count: int = 1
     streams: bool = False
     max_calls: int | None = None
-    finish: Callable[[Answer], Answer] | None = None
+    finish: Callable[[Answer], Awaitable[Answer]] | None = None
     route: Route | None = None
     arrived: float = field(default_factory=lambda: ARRIVED.get(time.monotonic()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)

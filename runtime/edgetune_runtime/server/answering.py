@@ -25,6 +25,7 @@ from edgetune_runtime.tools.calls import answer_text
 
 from .answer_queue import AnswerQueue
 from .answer_request import ARRIVED, CLIENT, AnswerRequest
+from .daemon_threads import DaemonThreads
 from .good_answers import GoodAnswers
 from .metrics import Metrics
 from .models import Models, base_name
@@ -35,6 +36,9 @@ from .settings import Access, ServerLimits
 _LOG = logging.getLogger(__name__)
 _MAX_TEXTS = 2048
 """Texts in one request for embeddings, as in OpenAI's API."""
+_LOG_THREADS = 4
+_MAX_WAITING_FOR_LOG = 64
+"""Answers and corrections that wait to be logged; redaction may take seconds for each."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Answering:
         self._rewriters = {rewriter.name: rewriter for rewriter in serving.rewriters}
         self.queue = AnswerQueue(runtime.contexts, self.limits.waiting)
         loaded_bundle(runtime.runtime).deferring = self.queue.elsewhere
+        self.log_threads = DaemonThreads("the log of answers", _LOG_THREADS, _MAX_WAITING_FOR_LOG)
         self.metrics = Metrics(self.queue)
         self.is_warming = False
         self._end = threading.Event()
@@ -87,7 +92,7 @@ class Answering:
         try:
             async with self._place(request.arrived) as end_s:
                 if rewriter := self._rewriters.get(base_name(request.model)):
-                    request = await rewriter.rewrite(request)
+                    request = await rewriter.rewrite(request, end_s)
                 for prompt in request.prompts:
                     for number in range(request.count):
                         async with aclosing(
@@ -103,7 +108,10 @@ class Answering:
         finally:
             # Without the place, as redaction may take seconds; before the reply ends, so that it can be corrected then.
             for log in logs:
-                await asyncio.to_thread(log)
+                try:
+                    await self.log_threads.call(log)
+                except BusyError as error:
+                    _LOG.warning("did not log an answer: %s", error)
         if end is not None:
             yield end
 
@@ -128,7 +136,7 @@ class Answering:
                 embedding = await self.runtime.embed(text)
                 vectors.append(_normalized(embedding.vector))
                 tokens += embedding.tokens
-        await asyncio.to_thread(self.good_answers.add)
+        await self.good_answers.add()
         return vectors, tokens
 
     async def warm(self) -> None:
@@ -214,11 +222,11 @@ class Answering:
         if answer.stop_reason == "cancelled":
             raise BusyError("the server is stopping", "try again later")
         self.metrics.count_answer(request.adapters, answer)
-        await asyncio.to_thread(self.good_answers.add)
+        await self.good_answers.add()
         logs += self._logs(request, prompt, answer, index)
         if request.finish is not None:
             if answer.instead != ASK:
-                answer = await asyncio.to_thread(request.finish, answer)
+                answer = await request.finish(answer)
             if answer.content:
                 yield Piece(index, answer.content)
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))

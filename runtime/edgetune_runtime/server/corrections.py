@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -31,7 +30,8 @@ def routes(answering: Answering, bodies: BodyReader) -> list[Route]:
         if answering.log is None:
             raise RequestError("this server logs no answers", "start it with --log-answers FILE", status=404)
         log = answering.log
-        await asyncio.to_thread(partial(log.wrong, name) if is_wrong else partial(log.corrected, name, correction))
+        judge = partial(log.wrong, name) if is_wrong else partial(log.corrected, name, correction)
+        await answering.log_threads.call(judge)
         return json_response({"status": "ok"})
 
     return [Route(PATH, correct, methods=["POST"])]

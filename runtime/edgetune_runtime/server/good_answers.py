@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -21,8 +22,12 @@ class GoodAnswers:
         self._version, self._count, self._lock = version.name, 0, threading.Lock()
         self._needed = pending.answers_needed if pending is not None and pending.version == version.name else 0
 
-    def add(self) -> None:
+    async def add(self) -> None:
         """Count an answer."""
+        if self._count < self._needed:
+            await asyncio.to_thread(self._add)
+
+    def _add(self) -> None:
         with self._lock:
             if self._count < self._needed:
                 self._count += 1

@@ -7,21 +7,29 @@ import importlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.tools.calls import ToolCall
 
 from .answer_request import AnswerRequest
+from .daemon_threads import DaemonThreads
 from .problems import RequestError
 
 _LOG = logging.getLogger(__name__)
 _FORM = "NAME=MODULE:FUNCTION"
+_MAX_CALLS = 32
+"""Calls of one function at once, also those that were given up and have not ended."""
+_REPLY_S = 1.0
+"""Seconds for the reply to an answer that ended because its time was over."""
+
+T = TypeVar("T")
 
 
 class RewriterReply(Protocol):
@@ -65,6 +73,10 @@ class Rewriter:
 
     name: str
     function: Rewrite
+    _threads: DaemonThreads = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_threads", DaemonThreads(f"model {self.name!r}", _MAX_CALLS))
 
     @classmethod
     def load(cls, spec: str, folder: Path) -> Rewriter:
@@ -89,8 +101,12 @@ class Rewriter:
             raise UsageError(f"--rewrite {spec!r} is not a function", "name a function of messages and tools")
         return cls(name, rewrite)
 
-    async def rewrite(self, request: AnswerRequest) -> AnswerRequest:
-        """The request to the adapter. RequestError for one that is not a plain chat, or if the function fails."""
+    async def rewrite(self, request: AnswerRequest, end_s: float) -> AnswerRequest:
+        """The request to the adapter.
+
+        RequestError for one that is not a plain chat, and if the function fails or has not returned at `end_s`, in the
+        time of `time.monotonic`; BusyError if too many of its calls have not ended.
+        """
         if any(isinstance(prompt, str) for prompt in request.prompts) or "schema" in request.options:
             kind = "format" if "schema" in request.options else "prompt"
             raise RequestError(f"model {self.name!r} answers chats without a {kind} of their own", "send messages only")
@@ -98,22 +114,34 @@ class Rewriter:
         tools = request.options.get("tools", ())
         # A chat has one prompt, which is its messages.
         messages: Any = request.prompts[0]
-        with self._errors("read this chat"):
-            rewritten = await asyncio.to_thread(self.function, messages, tools)
-            adapter, prompt, schema = rewritten.adapter, rewritten.prompt, rewritten.schema
+
+        def read() -> tuple[RewrittenChat, str | None, str, Mapping[str, Any] | None]:
+            rewritten = self.function(messages, tools)
+            return rewritten, rewritten.adapter, rewritten.prompt, rewritten.schema
+
+        rewritten, adapter, prompt, schema = await self._call("read this chat", end_s, read)
         if schema is not None:
             options["schema"] = schema
 
-        def finish(answer: Answer) -> Answer:
-            with self._errors("make a reply of the answer"):
-                reply = rewritten.reply(answer.text)
-                calls = [ToolCall(call["name"], _plain(dict(call["arguments"]))) for call in reply.calls]
-                for text in (reply.text, *(call.name for call in calls)):
-                    if not isinstance(text, str):
-                        raise TypeError(f"{text!r} is not text")
-                return replace(answer, content=reply.text, tool_calls=tuple(calls))
+        async def finish(answer: Answer) -> Answer:
+            reply_end_s = max(end_s, time.monotonic() + _REPLY_S)
+            return await self._call("make a reply of the answer", reply_end_s, _replied, rewritten, answer)
 
         return replace(request, adapters=adapter, prompts=[prompt], options=options, finish=finish)
+
+    async def _call(self, action: str, end_s: float, function: Callable[..., T], *arguments: object) -> T:
+        """What the user's code returns, within the time of the request."""
+
+        def call() -> T:
+            with self._errors(action):
+                return function(*arguments)
+
+        try:
+            async with asyncio.timeout(end_s - time.monotonic()):
+                return await self._threads.call(call)
+        except TimeoutError as error:
+            message = f"model {self.name!r} did not {action} in the time of the request"
+            raise RequestError(message, "make its function faster, or raise --max-request-s") from error
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -122,10 +150,20 @@ class Rewriter:
             yield
         except EdgetuneError:
             raise
-        except Exception as error:
+        except BaseException as error:  # in its thread, which not even a SystemExit leaves
             _LOG.exception("the rewriter %s failed", self.name)
             message = f"model {self.name!r} cannot {action}: {type(error).__name__}: {error}"
             raise RequestError(message, "see the server's log") from error
+
+
+def _replied(rewritten: RewrittenChat, answer: Answer) -> Answer:
+    """The answer with what goes back to the client in its place."""
+    reply = rewritten.reply(answer.text)
+    calls = [ToolCall(call["name"], _plain(dict(call["arguments"]))) for call in reply.calls]
+    for text in (reply.text, *(call.name for call in calls)):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is not text")
+    return replace(answer, content=reply.text, tool_calls=tuple(calls))
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:

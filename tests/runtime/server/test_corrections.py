@@ -11,6 +11,7 @@ import pytest
 from edgetune_runtime.answer_log import redaction
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.processes.child_process import ProcessResult, run
+from edgetune_runtime.server import answering
 from edgetune_runtime.server.settings import Access
 from httpx import Response
 from openai import OpenAI
@@ -74,6 +75,36 @@ def test_another_answer_has_the_place_of_one_that_is_being_redacted(
     name = json.loads(slow.result().text.splitlines()[-1])["id"]
     (entry,) = read_answer_log(log, server.runtime.manifest)
     assert (entry.id, entry.answer) == (name, redaction.REDACTED)
+
+
+def test_while_the_log_is_behind_answers_are_given_and_not_logged(
+    start: Start,
+    log: Path,
+    threads: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    is_redacting, released = threading.Event(), threading.Event()
+
+    def redact(command: list[str], *, timeout_s: float, stdin: bytes) -> ProcessResult:
+        is_redacting.set()
+        assert released.wait(60)
+        return run(command, timeout_s=timeout_s, stdin=stdin)
+
+    monkeypatch.setattr(redaction, "run", redact)
+    monkeypatch.setattr(answering, "_LOG_THREADS", 1)
+    monkeypatch.setattr(answering, "_MAX_WAITING_FOR_LOG", 0)
+    server = start(contexts=1, log=log, redact=["secret"])
+    slow = threads.submit(server.client.post, "/v1/chat/completions", json=CHAT)
+    try:
+        assert is_redacting.wait(30)
+        assert server.client.post("/v1/chat/completions", json=CHAT).status_code == 200
+        assert "did not log an answer: the log of answers has 1 calls that have not ended" in caplog.text
+        assert server.client.post(PATH, json={"id": "a"}).status_code == 503
+    finally:
+        released.set()
+    (entry,) = read_answer_log(log, server.runtime.manifest) if slow.result().status_code == 200 else ()
+    assert slow.result().json()["id"].endswith(entry.id)
 
 
 def test_calls_are_logged_with_their_tools(start: Start, tools_bundle: Path, log: Path) -> None:

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ollama
 import pytest
 from edgetune_runtime import Runtime
@@ -58,8 +61,15 @@ class Slow(Short):
         assert self.released.wait(20)
         return Reply("at last")
 
+class Hanging:
+    released = threading.Event()
+
 def rewrite(messages, tools):
     said = messages[-1]["content"]
+    if said == "hang":
+        assert Hanging.released.wait(60)
+    if said == "exit":
+        raise SystemExit("no such room")
     if said == "fail":
         raise ValueError("no such room")
     if said == "nothing":
@@ -143,6 +153,7 @@ def test_the_model_is_listed_with_the_base_as_its_parent(server: Running, bundle
     ("path", "body", "status", "text"),
     [
         ("/api/chat", {"messages": said("fail")}, 400, "model 'short' cannot read this chat: ValueError: no such room"),
+        ("/api/chat", {"messages": said("exit")}, 400, "cannot read this chat: SystemExit: no such room"),
         ("/api/chat", {"messages": said("nothing")}, 400, "model 'short' cannot read this chat: AttributeError"),
         ("/api/chat", {"messages": said("worse")}, 400, "model 'short' cannot make a reply of the answer: KeyError"),
         ("/api/chat", {"messages": said("number")}, 400, "cannot make a reply of the answer: TypeError: 5 is not text"),
@@ -170,6 +181,51 @@ def test_the_server_answers_others_while_a_reply_is_made(server: Running, thread
     finally:
         slow.released.set()
     assert sent.result(timeout=20).json()["message"]["content"] == "at last"
+
+
+def test_calls_that_never_end_stop_no_other_model(server: Running) -> None:
+    body = {"model": "short", "messages": said("hang")}
+    replies: list[httpx.Response] = []
+
+    def is_refused() -> bool:
+        with suppress(httpx.ReadTimeout):
+            replies.append(server.client.post("/api/chat", json=body, timeout=httpx.Timeout(10, read=0.1)))
+        return bool(replies)
+
+    try:
+        wait_for(is_refused)
+        assert (replies[0].status_code, replies[0].headers["retry-after"]) == (503, "1")
+        assert "model 'short' has 32 calls that have not ended" in replies[0].text
+        chat = {"model": "command", "messages": said("play")[1:], "options": {"num_predict": 2}}
+        assert server.client.post("/api/chat", json=chat, timeout=10).status_code == 200
+    finally:
+        sys.modules["shortened"].Hanging.released.set()
+    body["messages"] = said("on")
+    wait_for(lambda: server.client.post("/api/chat", json=body).status_code == 200)
+
+
+def test_a_call_ends_with_the_time_of_its_request(bundle: Path, folder: Path) -> None:
+    rewriters, limits = [Rewriter.load("short=shortened:rewrite", folder)], ServerLimits(request_s=0.5, grace_s=5)
+    with started(bundle, Access(), limits, rewriters=rewriters, contexts=1, disk_mb=0) as server:
+        try:
+            for text, action in (("hang", "read this chat"), ("slow", "make a reply of the answer")):
+                chat = {"model": "short", "messages": said(text), "options": {"num_predict": 1}, "stream": False}
+                reply = server.client.post("/api/chat", json=chat, timeout=10)
+                message = f"model 'short' did not {action} in the time of the request; make its function faster"
+                assert reply.status_code == 400 and message in reply.text
+        finally:
+            sys.modules["shortened"].Hanging.released.set()
+            sys.modules["shortened"].Slow.released.set()
+
+
+def test_a_call_that_never_ends_does_not_keep_the_server_from_stopping(bundle: Path, folder: Path) -> None:
+    rewrite = ["--rewrite", "short=shortened:rewrite", "--app-dir", folder]
+    with serving(bundle, *rewrite, "--contexts", 1) as (process, url):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/api/chat", json={"model": "short", "messages": said("hang")}, timeout=1)
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=15)[1] == ""
+    assert process.returncode == 0
 
 
 def test_the_command_serves_it(bundle: Path, folder: Path) -> None:

@@ -1,0 +1,56 @@
+"""A bounded number of daemon threads for calls that may take long or never end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+from edgetune_runtime.errors import BusyError
+
+T = TypeVar("T")
+
+
+class DaemonThreads:
+    """Runs calls of `owner` on at most `threads` threads at once, while at most `waiting` more wait for one.
+
+    Not asyncio's threads, which all requests share and which the process waits for when it exits.
+    """
+
+    def __init__(self, owner: str, threads: int, waiting: int = 0) -> None:
+        self._owner, self._most = owner, threads + waiting
+        self._free = asyncio.Semaphore(threads)
+        self._calls: set[asyncio.Task[object]] = set()
+
+    async def call(self, function: Callable[..., T], *arguments: object) -> T:
+        """What the function returns or raises, an Exception; BusyError if too many calls have not ended.
+
+        A task that stops waiting does not end the call, which counts until it ends.
+        """
+        if len(self._calls) >= self._most:
+            raise BusyError(f"{self._owner} has {len(self._calls)} calls that have not ended", "try again later")
+        call = asyncio.ensure_future(self._run(partial(function, *arguments)))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return await asyncio.shield(call)
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        result = Future[T]()
+        # So that a task that is cancelled at the end of the event loop does not cancel it.
+        result.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        async with self._free:
+            # With the context variables of the task, such as those of tracing.
+            context = contextvars.copy_context()
+            threading.Thread(target=context.run, args=(run,), name="edgetune-serve", daemon=True).start()
+            return await asyncio.wrap_future(result)
