@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from edgetune_runtime.bundle import pinned
 from edgetune_runtime.bundle.parts import identity_in
@@ -30,6 +33,7 @@ class FollowedBundle:
         # Not where the path leads now: it may have been switched while the bundle was opened.
         self.folder = loaded_bundle(runtime.runtime).folder
         self.digest = identity_in(self.folder)
+        self._is_asked = asyncio.Event()
 
     async def reload(self) -> AdapterChanges | None:
         """Take over the bundle on disk; None if that is not possible."""
@@ -39,7 +43,8 @@ class FollowedBundle:
             digest = identity_in(self.folder)
             changes = await self._runtime.reload()
         except (EdgetuneError, OSError) as error:
-            _LOG.warning("cannot reload the adapters of %s: %s", bundle, error)
+            reason = error if isinstance(error, EdgetuneError) else _explained(error)
+            _LOG.warning("cannot reload the adapters of %s: %s", bundle, reason)
             return None
         if not changes.refused:
             self.digest = digest
@@ -50,8 +55,29 @@ class FollowedBundle:
         return changes
 
     async def watch(self, reload: Callable[[], Awaitable[object]]) -> None:
-        """Await `reload` at each version that the bundle's path is switched to, until this is cancelled."""
+        """Await `reload` at each version that the bundle's path is switched to, and when `ask` asks for it.
+
+        Runs until it is cancelled.
+        """
         while True:
-            await asyncio.sleep(_WATCH_S)
-            if pinned(self._runtime.runtime.bundle) != self.folder:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_WATCH_S):
+                    await self._is_asked.wait()
+            if self._is_asked.is_set() or pinned(self._runtime.runtime.bundle) != self.folder:
+                self._is_asked.clear()
                 await reload()
+
+    def ask(self) -> None:
+        """Have `watch` reload the bundle. In the thread of its event loop."""
+        self._is_asked.set()
+
+
+def _explained(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}; check that the bundle is there and may be read"
+
+
+def reload_signal() -> signal.Signals | None:
+    """The signal at which servers reload their bundle, SIGHUP; None on Windows, and if standard input is a terminal,
+    whose end is such a signal too.
+    """
+    return None if os.isatty(0) else getattr(signal, "SIGHUP", None)

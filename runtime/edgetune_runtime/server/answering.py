@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -76,7 +75,6 @@ class Answering:
         self.metrics = Metrics(self.queue)
         self.is_warming = False
         self._end = threading.Event()
-        self._reloading = asyncio.Lock()
         self.bundle = FollowedBundle(runtime)
         self._look()
         if self.models.hidden:
@@ -153,17 +151,16 @@ class Answering:
 
     async def reload(self) -> None:
         """Take over the bundle on disk; see `FollowedBundle`."""
-        async with self._reloading:
-            changes = await self.bundle.reload()
-            if changes is None:
-                return
-            self._look()
-            for name in self.models.hidden:
-                _LOG.warning("the bundle has a model %r, which cannot be used: a --rewrite has its name", name)
-            for name in changes.removed:
-                self.metrics.forget(name)
-            if self.serving.warms:
-                await self.warm()
+        changes = await self.bundle.reload()
+        if changes is None:
+            return
+        self._look()
+        for name in self.models.hidden:
+            _LOG.warning("the bundle has a model %r, which cannot be used: a --rewrite has its name", name)
+        for name in changes.removed:
+            self.metrics.forget(name)
+        if self.serving.warms:
+            await self.warm()
 
     def _look(self) -> None:
         """Read again which models the bundle has now."""

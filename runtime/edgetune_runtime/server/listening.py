@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import threading
@@ -14,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.following import reload_signal
 from edgetune_runtime.inference.runtime import Runtime
 
 from .accepting import BACKLOG
@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
 
     `ready` is called when it accepts requests. When it begins to stop, it still accepts requests, which `answering`
     refuses from then on, until none is answered or the grace time is over, which ends the answers that still run. The
-    bundle is reloaded at each SIGHUP, unless standard input is a terminal, whose end is such a signal too.
+    bundle is reloaded at each `reload_signal`.
     """
 
     def __init__(self, app: ASGIApp, answering: Answering, ready: Callable[[], None]) -> None:
@@ -73,7 +73,6 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._answering, self._ready = answering, ready
-        self._reloading: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -110,22 +109,15 @@ class Server(uvicorn.Server):
             self._answering.end()
         self.should_exit = True
 
-    def _begin_reload(self) -> None:
-        assert self._loop is not None
-        task = self._loop.create_task(self._answering.reload())
-        # The loop keeps no reference to it.
-        self._reloading.add(task)
-        task.add_done_callback(self._reloading.discard)
-
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at SIGTERM and SIGINT, as uvicorn does, but without raising them again at the end; reload at SIGHUP."""
+        """Stop at SIGTERM and SIGINT, as uvicorn does, but without raising them again at the end."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {each: signal.signal(each, lambda *_: self.stop()) for each in (signal.SIGTERM, signal.SIGINT)}
-        if hasattr(signal, "SIGHUP") and not os.isatty(0):
-            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: self._call(self._begin_reload))
+        if hangup := reload_signal():
+            before[hangup] = signal.signal(hangup, lambda *_: self._call(self._answering.bundle.ask))
         try:
             yield
         finally:

@@ -23,7 +23,7 @@ from wyoming.ping import Ping, Pong
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
-from edgetune_runtime.inference.following import FollowedBundle
+from edgetune_runtime.inference.following import FollowedBundle, reload_signal
 from edgetune_runtime.server.accepting import BACKLOG, connections_within_files
 from edgetune_runtime.server.connections import Connections
 from edgetune_runtime.server.settings import ServerLimits
@@ -76,7 +76,7 @@ def serve(service: WyomingService, listening: socket.socket, ready: Callable[[],
 
 
 async def run(service: WyomingService, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Answer clients until the task is cancelled, and take over each version that the bundle's path is switched to."""
+    """Answer clients until the task is cancelled, and reload the bundle when `FollowedBundle` does or at a signal."""
     limits, tasks = service.limits, set[asyncio.Task[None]]()
     connections = Connections(connections_within_files(limits.connections), limits.connections_per_address)
 
@@ -119,6 +119,8 @@ async def run(service: WyomingService, listening: socket.socket, ready: Callable
     # Not on Windows, and not outside the main thread.
     with suppress(NotImplementedError, RuntimeError, ValueError):
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
+        if hangup := reload_signal():
+            asyncio.get_running_loop().add_signal_handler(hangup, bundle.ask)
     watching = asyncio.create_task(bundle.watch(bundle.reload))
     try:
         ready()

@@ -276,3 +276,22 @@ def test_the_command_prints_its_address_and_stops_on_a_signal(host: str, bundle:
             process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert uri.startswith(f"tcp://{host}:")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_the_command_reloads_its_bundle_at_a_hang_up(bundle: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+    adapter = next(iter(read_manifest(home).adapters))
+    command = [sys.executable, "-m", "edgetune_runtime", "wyoming", str(home), "--uri", "tcp://127.0.0.1:0", "--json"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--adapter", adapter], text=True, **pipes) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.readline()
+            home.rename(tmp_path / "gone")
+            process.send_signal(signal.SIGHUP)
+            told = process.stderr.readline()
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert f"cannot reload the adapters of {home}: {home / 'manifest.json'}: No such file or directory; check" in told
