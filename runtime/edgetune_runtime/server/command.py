@@ -147,6 +147,9 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     if not lines or min(map(len, lines)) < _SHORTEST_KEY:
         message = f"{path} has no key, or one of fewer than {_SHORTEST_KEY} characters"
         raise UsageError(message, "make one: openssl rand -hex 32")
+    if not all(map(str.isascii, lines)):
+        number = next(number for number, line in enumerate(lines, 1) if not line.isascii())
+        raise UsageError(f"key {number} of {path} is not ASCII", "make one: openssl rand -hex 32")
     return tuple(lines)
 
 

@@ -114,6 +114,7 @@ def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
     [
         (["--api-key-file", "missing"], "cannot read the keys in missing"),
         (["--api-key-file", "short"], "short has no key, or one of fewer than 16 characters; make one: openssl"),
+        (["--api-key-file", "foreign"], "key 2 of foreign is not ASCII; make one: openssl rand -hex 32"),
         (["--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is unknown"),
         (["--port", "70000"], "port is 70000; give 0 to 65535"),
         (["--allow-host", "board.lan:8080"], "host 'board.lan:8080' is not a name; give one without scheme and port"),
@@ -137,6 +138,7 @@ def test_invalid_serve_arguments_are_one_line_errors(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short").write_text("secret\n")
+    Path("foreign").write_text(f"{KEY}\n{KEY}é\n", encoding="utf-8")
     assert main(["serve", str(bundle), "--port", "0", *arguments]) in (2, 3, 5)
     told = capsys.readouterr().err
     assert message in told
