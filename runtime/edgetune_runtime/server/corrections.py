@@ -54,5 +54,5 @@ def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | dict[str, Any
         fields.refuse("correction", "a text that is not empty, an object or a list, or null if the answer is right")
     is_wrong = fields.flag("is_wrong")
     if is_wrong and right is not None:
-        fields.refuse("is_wrong", "left out beside a correction")
+        raise RequestError("is_wrong is true beside a correction", "leave one of them out", param="is_wrong")
     return answer_id(name, fields.integer("index") or 0), is_wrong, right

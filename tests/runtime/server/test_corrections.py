@@ -201,7 +201,11 @@ def test_what_calls_no_tool_is_no_correction_of_a_call(start: Start, tools_bundl
         ({"id": "a", "correction": 1}, 400, "correction is 1; give a text that is not empty, an object or a list"),
         ({"id": "a", "index": "b"}, 400, "a whole number"),
         ({"id": "a", "is_wrong": 1}, 400, "true or false"),
-        ({"id": "a", "is_wrong": True, "correction": "on"}, 400, "left out beside a correction"),
+        (
+            {"id": "a", "is_wrong": True, "correction": "on"},
+            400,
+            "is_wrong is true beside a correction; leave one",
+        ),
         (
             {"id": "a", "corection": "on"},
             400,
