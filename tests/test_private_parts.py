@@ -282,6 +282,7 @@ def test_uvicorn_has_the_parts_of_its_server_and_of_its_h11_protocol_that_are_ov
     assert parameters_of(H11Protocol.connection_made) == ["self", "transport"]
     assert parameters_of(H11Protocol.data_received) == ["self", "data"]
     assert parameters_of(H11Protocol.connection_lost) == ["self", "exc"]
+    assert parameters_of(H11Protocol._unsupported_upgrade_warning) == ["self"]
     assert parameters_of(H11Protocol.pause_writing) == parameters_of(H11Protocol.resume_writing) == ["self"]
     assert "response_complete" in names_in(RequestResponseCycle.__init__)
     assert parameters_of(uvicorn.Server.startup) == ["self", "sockets"]

@@ -75,6 +75,9 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
                 self.transport.write(_REFUSED)
                 self.transport.close()
 
+        def _unsupported_upgrade_warning(self) -> None:
+            """Answer as without the upgrade, which is optional; without the log's advice to install WebSockets."""
+
         def data_received(self, data: bytes) -> None:
             if self._lingers is not None:
                 return

@@ -195,3 +195,12 @@ def test_a_body_that_never_ends_after_an_answer_is_cut_off(start: Start) -> None
             while time.monotonic() < begin + 5:
                 client.sendall(b"x")
                 time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["h2c", "websocket"])
+def test_a_request_to_upgrade_is_answered_without_it(
+    name: str, server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = server.client.get("/healthz", headers={"Connection": "Upgrade", "Upgrade": name})
+    assert reply.status_code == 200
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
