@@ -170,8 +170,10 @@ class Answering:
         self.good_answers = GoodAnswers(self.bundle.folder)
 
     def end(self) -> None:
-        """End running answers, which then fail with BusyError."""
+        """End running answers, which then fail with BusyError, and requests that still are rewritten."""
         self._end.set()
+        for rewriter in self._rewriters.values():
+            rewriter.end()
 
     @asynccontextmanager
     async def _place(self, arrived: float) -> AsyncGenerator[float, None]:

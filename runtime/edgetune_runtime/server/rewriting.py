@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -74,6 +74,7 @@ class Rewriter:
     name: str
     function: Rewrite
     _threads: DaemonThreads = field(init=False, repr=False, compare=False)
+    _limits: set[asyncio.Timeout] = field(init=False, repr=False, compare=False, default_factory=set)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_threads", DaemonThreads(f"model {self.name!r}", _MAX_CALLS))
@@ -129,6 +130,13 @@ class Rewriter:
 
         return replace(request, adapters=adapter, prompts=[prompt], options=options, finish=finish)
 
+    def end(self) -> None:
+        """End the requests whose calls run, as if their time was over."""
+        for limit in self._limits:
+            # It may be over in the same moment.
+            with suppress(RuntimeError):
+                limit.reschedule(0)
+
     async def _call(self, action: str, end_s: float, function: Callable[..., T], *arguments: object) -> T:
         """What the user's code returns, within the time of the request."""
 
@@ -137,8 +145,12 @@ class Rewriter:
                 return function(*arguments)
 
         try:
-            async with asyncio.timeout(end_s - time.monotonic()):
-                return await self._threads.call(call)
+            async with asyncio.timeout(end_s - time.monotonic()) as limit:
+                self._limits.add(limit)
+                try:
+                    return await self._threads.call(call)
+                finally:
+                    self._limits.discard(limit)
         except TimeoutError as error:
             message = f"model {self.name!r} did not {action} in the time of the request"
             raise RequestError(message, "make its function faster, or raise --max-request-s") from error

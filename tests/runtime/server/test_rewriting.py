@@ -228,6 +228,19 @@ def test_a_call_that_never_ends_does_not_keep_the_server_from_stopping(bundle: P
     assert process.returncode == 0
 
 
+def test_a_request_that_is_rewritten_ends_with_the_grace_time(
+    bundle: Path, folder: Path, threads: ThreadPoolExecutor
+) -> None:
+    rewrite = ["--rewrite", "short=shortened:rewrite", "--app-dir", folder]
+    with serving(bundle, *rewrite, "--contexts", 1, "--max-grace-s", 0) as (process, url):
+        chat = {"model": "short", "messages": said("hang")}
+        sent = threads.submit(httpx.post, f"{url}/api/chat", json=chat, timeout=30)
+        wait_for(lambda: "edgetune_requests_running 1.0" in httpx.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=15)[1] == ""
+    assert "did not read this chat in the time of the request" in sent.result().text
+
+
 def test_the_command_serves_it(bundle: Path, folder: Path) -> None:
     rewrite = ["--rewrite", "short=shortened:rewrite", "--app-dir", folder]
     with serving(bundle, *rewrite) as (_, url), ollama.Client(url) as client:
