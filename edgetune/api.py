@@ -14,6 +14,7 @@ from edgetune_runtime.errors import CancelledError, UsageError
 from edgetune_runtime.wording import suggestion
 
 from .common.cluster import load_ray
+from .common.process_state import own_process_state
 from .common.progress import OnProgress, Progress
 from .recipe.model import Recipe
 from .recipe.parts import NAME_PATTERN
@@ -90,12 +91,12 @@ def build(
     loaded = _recipe(recipe)
     from .building import pipeline  # noqa: PLC0415 - torch
 
-    folder = Path(into or out or loaded.default_out)
-    with _interruptible():
+    folder, progress = Path(into or out or loaded.default_out), Progress(on_progress)
+    with _interruptible(progress):
         return pipeline.build(
             loaded,
             folder,
-            progress=Progress(on_progress),
+            progress=progress,
             converter=_script_of(converter),
             resume=resume,
             into=into is not None,
@@ -139,7 +140,8 @@ def export(
             raise error
     from .building import pipeline  # noqa: PLC0415 - torch
 
-    with _interruptible():
+    progress = Progress(on_progress)
+    with _interruptible(progress):
         return pipeline.export_trained(
             str(base),
             {name: Path(folder) for name, folder in adapters.items()},
@@ -148,7 +150,7 @@ def export(
             systems=systems,
             merged=merged,
             targets=tuple(targets),
-            progress=Progress(on_progress),
+            progress=progress,
             converter=_script_of(converter),
         )
 
@@ -203,7 +205,7 @@ def learn(
     folder, path = Path(bundle), None if recipe is None else Path(recipe)
     progress = Progress(on_progress)
     entries = learning.read_logs(folder, [Path(log)], progress.say)
-    with _interruptible():
+    with _interruptible(progress):
         return learning.learn(folder, entries, path, None if into is None else Path(into), progress)
 
 
@@ -245,13 +247,14 @@ def rebase(
         Path(folder),
         settings,
     )
-    with _interruptible():
+    progress = Progress(on_progress)
+    with _interruptible(progress):
         return rebasing.rebase(
             path,
             beside(path, "-rebased") if out is None else Path(out),
             source,
             {name: _source(f"data.{name}", rows) for name, rows in (data or {}).items()},
-            progress=Progress(on_progress),
+            progress=progress,
             margin=margin,
             without_worse=without_worse,
             converter=_script_of(converter),
@@ -304,8 +307,9 @@ def compare(
         limit=limit,
         rows=rows,
     )
-    with _interruptible():
-        return run(request, runner, Progress(on_progress))
+    progress = Progress(on_progress)
+    with _interruptible(progress):
+        return run(request, runner, progress)
 
 
 def _recipe(recipe: AnyRecipe) -> Recipe:
@@ -346,13 +350,14 @@ def _runner(engine: str) -> Run:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(progress: Progress) -> Iterator[None]:
     """Raise KeyboardInterrupt, with the same message, for work that the user stopped and that was saved.
 
-    Warnings of libraries that no user can act on are ignored.
+    The block has the process to itself, as in `own_process_state`. Warnings of libraries that no user can act on are
+    ignored.
     """
     try:
-        with warnings.catch_warnings():
+        with own_process_state(progress.say), warnings.catch_warnings():
             for message, category in _UNHELPFUL_WARNINGS.items():
                 warnings.filterwarnings("ignore", message, category)
             yield

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from recipes import LIGHTS, adapter_of, values_of, write_recipe, write_rows
@@ -233,6 +235,30 @@ def test_two_builds_of_one_folder_at_once_are_one_error(tiny_gguf: Callable[[str
     assert edgetune.build(recipe, out, on_progress=Recorder(1, build_again)).figures
     with locked(tmp_path / "home.work"):
         pass
+
+
+def test_two_builds_in_two_threads_are_as_one_alone(
+    built: tuple[edgetune.Build, Recorder], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tiny_gguf("llama"))
+
+    def build(name: str) -> edgetune.Build:
+        return edgetune.build(recipe, tmp_path / name, on_progress=Recorder())
+
+    with ThreadPoolExecutor(2) as threads:
+        builds = [*threads.map(build, ("a", "b"))]
+    assert [each.losses for each in builds] == [built[0].losses] * 2
+
+
+def test_a_build_keeps_the_seed_and_needs_no_settings_of_torch(
+    built: tuple[edgetune.Build, Recorder], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    seed = torch.get_rng_state()
+    with torch.inference_mode(), torch.device("meta"):
+        build = edgetune.build(recipe_of(tiny_gguf("llama")), tmp_path / "home", on_progress=Recorder())
+    assert build.losses == built[0].losses
+    assert torch.equal(torch.get_rng_state(), seed)
 
 
 HOLDS = """
