@@ -186,7 +186,7 @@ def learn(
     bundle: str | Path,
     log: str | Path,
     *,
-    recipe: str | Path | None = None,
+    recipe: AnyRecipe | None = None,
     into: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Learned:
@@ -202,11 +202,10 @@ def learn(
     """
     from .retraining.learning import learn as learning  # noqa: PLC0415 - torch
 
-    folder, path = Path(bundle), None if recipe is None else Path(recipe)
-    progress = Progress(on_progress)
+    folder, progress = Path(bundle), Progress(on_progress)
     entries = learning.read_logs(folder, [Path(log)], progress.say)
     with _interruptible(progress):
-        return learning.learn(folder, entries, path, None if into is None else Path(into), progress)
+        return learning.learn(folder, entries, _file_or_recipe(recipe), None if into is None else Path(into), progress)
 
 
 def rebase(
@@ -215,7 +214,7 @@ def rebase(
     out: str | Path | None = None,
     *,
     quantization: str | None = None,
-    recipe: str | Path | None = None,
+    recipe: AnyRecipe | None = None,
     folder: str | Path = "",
     settings: Mapping[str, Any] | None = None,
     data: Mapping[str, AnyRows] | None = None,
@@ -243,7 +242,7 @@ def rebase(
     source = RecipeSource(
         None if base is None else str(base),
         quantization,
-        None if recipe is None else Path(recipe),
+        _file_or_recipe(recipe),
         Path(folder),
         settings,
     )
@@ -316,6 +315,11 @@ def _recipe(recipe: AnyRecipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     return Recipe.from_file(Path(recipe)) if isinstance(recipe, str | os.PathLike) else Recipe.from_dict(recipe)
+
+
+def _file_or_recipe(recipe: AnyRecipe | None) -> Path | Recipe | None:
+    """For work that reads the file more than once, or writes about it."""
+    return Path(recipe) if isinstance(recipe, str | os.PathLike) else None if recipe is None else _recipe(recipe)
 
 
 def _source(name: str, data: AnyRows) -> str | Rows:

@@ -20,7 +20,7 @@ from edgetune.common.files import write_file
 from edgetune.common.work_folder import beside, work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
-from edgetune.recipe.saved import RECIPE, save_recipe
+from edgetune.recipe.saved import RECIPE, save_recipe, values_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.report.answers import split_of
 from edgetune.tasks.task import Task
@@ -80,14 +80,17 @@ def _alone(recipe: Recipe, name: str) -> AdapterSpec:
 
 
 def load_recipe(
-    path: Path, manifest: Manifest, settings: Mapping[str, Any], flags: Mapping[str, str] | None = None
+    source: Path | Recipe, manifest: Manifest, settings: Mapping[str, Any], flags: Mapping[str, str] | None = None
 ) -> Recipe:
-    """The recipe of a file, whose adapters hold out the rows that the build of the bundle did.
+    """The recipe, or that of a file, whose adapters hold out the rows that the build of the bundle did.
 
     `settings` and `flags` are those of `Recipe.from_file`.
     """
-    names = [name for name in Recipe.from_file(path).adapters if name in manifest.adapters]
-    return Recipe.from_file(path, {**split_of(manifest, names), **settings}, flags)
+    loaded = source if isinstance(source, Recipe) else Recipe.from_file(source)
+    changes = {**split_of(manifest, [name for name in loaded.adapters if name in manifest.adapters]), **settings}
+    if isinstance(source, Recipe):
+        return Recipe.from_dict(values_of(source), settings=changes, flags=flags)
+    return Recipe.from_file(source, changes, flags)
 
 
 def system_doubt(manifest: Manifest, task: Task) -> str | None:

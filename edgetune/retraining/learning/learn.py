@@ -106,7 +106,7 @@ def files_read(bundle: Path, manifest: Manifest, recipe: Path | None) -> list[st
 
 
 def learn(
-    bundle: Path, entries: Sequence[LoggedAnswer], recipe: Path | None, into: Path | None, progress: Progress
+    bundle: Path, entries: Sequence[LoggedAnswer], recipe: Path | Recipe | None, into: Path | None, progress: Progress
 ) -> Learned:
     """Train the adapters that have corrections again, with these and the rows of `recipe`.
 
@@ -210,15 +210,16 @@ def _started(spec: AdapterSpec, bundle: Path, manifest: Manifest, name: str) -> 
     return spec
 
 
-def _recipe_of(bundle: Path, manifest: Manifest, path: Path | None, names: Collection[str]) -> Recipe:
-    """The recipe at `path`, or else the one beside the bundle, which has these adapters."""
-    recipe = recipe_beside(bundle, names) if path is None else load_recipe(path, manifest, {})
+def _recipe_of(bundle: Path, manifest: Manifest, source: Path | Recipe | None, names: Collection[str]) -> Recipe:
+    """The recipe of `source`, or else the one beside the bundle, which has these adapters."""
+    recipe = recipe_beside(bundle, names) if source is None else load_recipe(source, manifest, {})
     if recipe is None:
         message = f"the old rows of {bundle} are in its recipe, which is not beside it"
         raise NotFoundError(message, "give it: --recipe RECIPE")
     unknown = [name for name in names if name not in recipe.adapters]
     if unknown:
-        message = f"{path or f'the recipe of {bundle}'} has no adapter {unknown[0]!r}, of which the log has corrections"
+        owner = source if isinstance(source, Path) else f"the recipe of {bundle}"
+        message = f"{owner} has no adapter {unknown[0]!r}, of which the log has corrections"
         raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
     return recipe
 

@@ -30,7 +30,7 @@ class RecipeSource:
 
     base: str | None = None
     quantization: str | None = None
-    recipe: Path | None = None
+    recipe: Path | Recipe | None = None
     folder: Path = Path()
     settings: Mapping[str, Any] | None = None
 

@@ -20,11 +20,12 @@ from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, OutOfSpaceError, UsageError
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
-from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
+from recipes import NAME, adapter_of, lights, make_recipe, values_of, write_recipe, write_rows
 from ruamel.yaml import YAML
 from runtime.bundles import change_manifest
 from trainings import QUIET, Listening
 
+import edgetune
 from edgetune.building.pipeline import build
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
@@ -94,6 +95,19 @@ def test_corrections_are_learned_beside_the_old_rows(home: Path, tmp_path: Path)
     assert read_manifest(home) == before
     with Runtime.open(tmp_path / "new", disk_mb=0) as runtime:
         assert runtime.generate("turn on the light 1", adapter="light", max_tokens=8).text == "reply on"
+
+
+def test_old_rows_in_memory_are_learned_and_kept(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    adapters = {
+        "light": adapter_of(train=ROWS, draft=False, golden=False),
+        "color": adapter_of(train=COLORS, draft=False, golden=False),
+    }
+    for name in ("light.jsonl", "color.csv", NAME):
+        home.with_name(name).unlink()
+    recipe = values_of(tiny_gguf("llama"), adapters, TRAINING)
+    result = edgetune.learn(home, logged(home, corrections()), recipe=recipe, on_progress=lambda _event: None)
+    assert (result.bundle, result.learned, result.changes["light"]["validation"].rows) == (home, {"light": 6}, 5)
+    assert len(Path(str(kept_recipe(home).adapters["color"].data.train)).read_text().splitlines()) == 24
 
 
 def test_training_starts_from_the_adapters_where_they_were_kept(built: Path, home: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import EdgetuneError, NotFoundError
-from recipes import adapter_of, lights, make_recipe, write_rows
+from recipes import adapter_of, lights, make_recipe, values_of, write_rows
 from trainings import QUIET
 
 import edgetune
@@ -199,6 +199,18 @@ def test_paths_in_the_bundle_start_in_the_folder(
         NotFoundError, match=r"light\.jsonl \(light\); tone\.csv \(tone\); copy them there, or give the folder"
     ):
         recipe_for(home, read_manifest(home), RecipeSource(str(tiny_gguf("qwen2"))))
+
+
+def test_rows_can_be_in_memory(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    manifest, base = read_manifest(home), str(tiny_gguf("qwen2"))
+    adapters = {name: adapter_of(train=lights(), held_out=0.5) for name in manifest.adapters}
+    given = edgetune.Recipe.from_dict(values_of(tiny_gguf("llama"), adapters))
+    recipe = recipe_for(home, manifest, RecipeSource(base, recipe=given))
+    for name, spec in recipe.adapters.items():
+        assert spec.data.train == given.adapters[name].data.train
+        # As the build of the bundle.
+        assert spec.data.held_out == manifest.recipe["adapters"][name]["data"]["held_out"] != 0.5
+    assert recipe.base == base
 
 
 def test_a_recipe_trains_what_the_bundle_has(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
