@@ -113,6 +113,11 @@ class Progress:
         else:
             self._console.print(printable(text))
 
+    @property
+    def _on_terminal(self) -> bool:
+        # FORCE_COLOR, which notebooks set, makes rich take a file or a pipe for a terminal.
+        return self._console.is_terminal and bool(getattr(self._console.file, "isatty", bool)())
+
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
         """Show a step of `total` parts while the block runs."""
@@ -121,7 +126,7 @@ class Progress:
         elif self._console.is_jupyter and not self._console.quiet:
             with _updating_line() as show:
                 yield _LineStep(label, total, show, _UPDATE_EVERY_S)
-        elif not self._console.is_terminal or self._console.quiet:
+        elif not self._on_terminal or self._console.quiet:
             yield _LineStep(label, total, self._console.print, _LINE_EVERY_S)
         else:
             label_column, note_column = (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -67,10 +68,21 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str], clock: Clock) 
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_pipe_gets_lines_also_where_a_notebook_asks_for_color(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Progress().step("training reply", 4) as step:
+        clock.now += 10
+        step.update("loss 0.5")
+    assert capsys.readouterr().err == "training reply: 1/4 loss 0.5, 30 s left\n"
+
+
 def test_a_terminal_gets_a_bar_on_standard_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     with Progress().step("training [reply]", 4) as step:
         step.update("loss [0.5]", 3)
