@@ -13,13 +13,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import init_empty_weights
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import as_parameter, base_columns, base_rows, name_map, tensor_name
 from edgetune_export.base_file.grid import Bytes, Grid, dither_of, grid_of
 from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_export.base_file.rotation import frequency_divisors
+from edgetune_export.empty_weights import empty_weights
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
@@ -89,7 +89,7 @@ def model_of(
     Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
     has an unknown type, an embedding is missing, or the rotary embedding is scaled in an unsupported way.
     """
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (divisors := frequency_divisors(path, header)) is not None:
         for name, frequencies in model.named_buffers():

@@ -64,5 +64,5 @@ def _summary(name: str, result: TrainResult) -> str:
     return (
         f"{name}: validation loss {result.val_loss:.3f} at step {result.shipped_step} of {result.steps}{turned}; "
         f"{result.trainable_parameters:,} trainable parameters ({share:.1%}), {result.tokens_per_s:.0f} tokens/s "
-        f"in {result.precision} on {result.device}, peak memory {result.peak_memory_mb:.0f} MB"
+        f"in {result.precision} on {result.device}, peak memory so far {result.peak_memory_mb:.0f} MB"
     )

@@ -93,11 +93,12 @@ def _taken_out(names: set[str]) -> dict[str, Any]:
 def model_without_matrices(folder: str, **_: object) -> Any:  # noqa: ANN401 - one of transformers' models
     """The model in `folder`; weights that are not in its file are on the meta device."""
     import torch  # noqa: PLC0415 - as above
-    from accelerate import init_empty_weights  # noqa: PLC0415
     from safetensors.torch import load_file  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
-    with init_empty_weights(include_buffers=False):
+    from edgetune_export.empty_weights import empty_weights  # noqa: PLC0415
+
+    with empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     model.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False, assign=True)
     model.tie_weights()

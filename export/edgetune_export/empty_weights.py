@@ -1,0 +1,27 @@
+"""Makes models whose parameters need no memory, in the calling thread alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from unittest.mock import patch
+
+from torch import nn
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Put the parameters of modules that this thread makes on the meta device; buffers have their values.
+
+    accelerate's `init_empty_weights` would do so to the modules of all threads.
+    """
+    register, own_thread = nn.Module.register_parameter, get_ident()
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and get_ident() == own_thread:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", register_empty):
+        yield
