@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from edgetune_runtime.wording import shortened
 from .child_compiler import TOO_EXPENSIVE, reason_against
 
 if TYPE_CHECKING:
-    from edgetune_runtime.bundle import Manifest
+    from edgetune_runtime.bundle import AdapterEntry
 
 DEAD_END = "NoExtensionBias"
 """Part of llguidance's error where no token of the vocabulary fits, and the answer may not end."""
@@ -54,9 +54,9 @@ def library() -> Any:  # noqa: ANN401 - an optional module
     return llguidance
 
 
-def require_for(manifest: Manifest) -> None:
-    """Raise MissingLibraryError if an adapter's answers are constrained, and the library is missing."""
-    if any(entry.output is not None for entry in manifest.adapters.values()):
+def require_for(entries: Iterable[AdapterEntry]) -> None:
+    """Raise MissingLibraryError if the answers of one of these adapters are constrained, and the library is missing."""
+    if any(entry.output is not None for entry in entries):
         library()
 
 

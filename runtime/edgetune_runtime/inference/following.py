@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
 from edgetune_runtime.bundle import pinned
 from edgetune_runtime.bundle.parts import identity_in
@@ -43,7 +44,7 @@ class FollowedBundle:
             digest = identity_in(self.folder)
             changes = await self._runtime.reload()
         except (EdgetuneError, OSError) as error:
-            reason = error if isinstance(error, EdgetuneError) else _explained(error)
+            reason = error if isinstance(error, EdgetuneError) else _explained(error, self.folder)
             _LOG.warning("cannot reload the adapters of %s: %s", bundle, reason)
             return None
         if not changes.refused:
@@ -65,15 +66,18 @@ class FollowedBundle:
                     await self._is_asked.wait()
             if self._is_asked.is_set() or pinned(self._runtime.runtime.bundle) != self.folder:
                 self._is_asked.clear()
-                await reload()
+                try:
+                    await reload()
+                except Exception:
+                    _LOG.exception("cannot reload the bundle")
 
     def ask(self) -> None:
         """Have `watch` reload the bundle. In the thread of its event loop."""
         self._is_asked.set()
 
 
-def _explained(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}; check that the bundle is there and may be read"
+def _explained(error: OSError, folder: Path) -> str:
+    return f"{error.filename or folder}: {error.strerror or error}; check that the bundle is there and may be read"
 
 
 def reload_signal() -> signal.Signals | None:

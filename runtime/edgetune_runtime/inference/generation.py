@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate
 
 from edgetune_runtime.decoding.drafts import EMPTY, Drafter
 from edgetune_runtime.decoding.logprobs import LogprobRecord
@@ -141,14 +142,16 @@ class _Answering:
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
         output = self._call.output
         answer = Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)
-        return answer if answer.is_cut_off or self._is_stopped_within_form() else self._with_confidence(answer)
+        return answer if answer.is_cut_off or self._is_stopped_within_form(text) else self._with_confidence(answer)
 
-    def _is_stopped_within_form(self) -> bool:
-        """Whether a stop text came where the output constraint wanted more."""
+    def _is_stopped_within_form(self, text: str) -> bool:
+        """Whether a stop text came after this text, where the output constraint wanted more."""
         if self._constraint is None or self._reason != "stop":
             return False
-        # The last token has the end of the stop text, which is no part of the answer.
-        return not self._constraint.may_end_after(self._count - 1)
+        # The stop text, which is no part of the answer, may have begun in an earlier token than the last.
+        size = len(text.encode())
+        ends = accumulate(len(self._piece(token)) for token in self._constraint.tokens[: self._count])
+        return not self._constraint.may_end_after(sum(end <= size for end in ends))
 
     def _with_confidence(self, answer: Answer) -> Answer:
         expects_calls = self._reader is not None and not self._call.answers_tool
@@ -278,8 +281,7 @@ class _Answering:
                 self._reason = "end"
                 return
             self._count += 1
-            piece = self._marks.get(token) or tokenizer.piece(token)
-            yield from self._push(self._text.push(piece))
+            yield from self._push(self._text.push(self._piece(token)))
             self._reason = self._reason_to_stop()
             if self._reason:
                 break
@@ -288,6 +290,9 @@ class _Answering:
         if is_at_end and self._constraint is not None and self._constraint.is_complete:
             self._reason = "end"
         self._reason = self._reason or self._reason_at_end
+
+    def _piece(self, token: int) -> bytes:
+        return self._marks.get(token) or self._context.engine.tokenizer.piece(token)
 
     def _push(self, piece: str) -> Iterator[str]:
         self._pieces.append(piece)

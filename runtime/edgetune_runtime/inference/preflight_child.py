@@ -65,17 +65,17 @@ def _open(bundle: str, options: Mapping[str, Any], added: tuple[str, str] | None
             for entry in entries:
                 if added is not None or not entry.is_merged(runtime.engine):
                     _compute(runtime, entry.name, write)
+        for entry in entries if added is None else ():
+            if entry.is_merged(options["engine"]):
+                # One at a time, as each is a full model.
+                with opened() as runtime:
+                    _compute(runtime, entry.name, write)
     except (EdgetuneError, PermissionError) as error:
         # A file of another user says nothing about the bundle.
         told = error_to_report(error)
         name = next(kind.__name__ for kind in type(told).__mro__ if hasattr(errors, kind.__name__))
         write(ERROR, {"name": name, "message": told.message, "remedy": told.remedy})
         return
-    for entry in entries if added is None else ():
-        if entry.is_merged(options["engine"]):
-            # One at a time, as each is a full model.
-            with opened() as runtime:
-                _compute(runtime, entry.name, write)
     write(DONE, True)
 
 

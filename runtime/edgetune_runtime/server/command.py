@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     rewriters = [Rewriter.load(spec, options.app_dir.resolve()) for spec in options.rewrite]
     with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
         # Or each request of such an adapter would fail.
-        require_for(runtime.manifest)
+        require_for(runtime.manifest.adapters.values())
         url = url_of(listening)
 
         def ready(_: Callable[[], None]) -> None:

@@ -38,6 +38,11 @@ class DaemonThreads:
         call.add_done_callback(self._calls.discard)
         return await asyncio.shield(call)
 
+    async def ended(self, limit_s: float) -> None:
+        """Wait until all calls have ended, at most so many seconds."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=limit_s)
+
     async def _run(self, function: Callable[[], T]) -> T:
         result = Future[T]()
         # So that a task that is cancelled at the end of the event loop does not cancel it.

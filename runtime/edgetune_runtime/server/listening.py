@@ -23,6 +23,8 @@ from .protocol import protocol
 
 _EXTRA_S = 5
 """Seconds after the last answer to send its end to the clients."""
+_MAX_LOGGING_S = 10
+"""Seconds after that to log answers, whose redaction may take 5 s."""
 _POLL_S = 0.02
 
 
@@ -46,6 +48,7 @@ async def _serve(
     await server.serve(sockets=[listening])
     watching.cancel()
     answering.good_answers.end()
+    await answering.log_threads.ended(_MAX_LOGGING_S)
     await warming
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.errors import BusyError, EdgetuneError, UsageError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.tools.calls import ToolCall
 
@@ -131,7 +131,7 @@ class Rewriter:
         return replace(request, adapters=adapter, prompts=[prompt], options=options, finish=finish)
 
     def end(self) -> None:
-        """End the requests whose calls run, as if their time was over."""
+        """End the requests whose calls run, as the server stops."""
         for limit in self._limits:
             # It may be over in the same moment.
             with suppress(RuntimeError):
@@ -152,6 +152,8 @@ class Rewriter:
                 finally:
                     self._limits.discard(limit)
         except TimeoutError as error:
+            if time.monotonic() < end_s:
+                raise BusyError("the server is stopping", "try again later") from error
             message = f"model {self.name!r} did not {action} in the time of the request"
             raise RequestError(message, "make its function faster, or raise --max-request-s") from error
 

@@ -190,6 +190,14 @@ def test_an_answer_that_a_stop_text_ends_where_its_form_may_end_has_a_confidence
     assert answer.confidence is not None
 
 
+def test_a_stop_text_may_begin_in_an_earlier_token_than_the_last(formed: Callable[..., Runtime]) -> None:
+    runtime = formed(regex="(red|warm)( (red|warm)){30}|red|warm")
+    answers = [runtime.generate(PROMPT, adapter="command", stop=stop) for stop in (" r", " w")]
+    # One of them is after the first word.
+    (answer,) = [answer for answer in answers if answer.text in ("red", "warm")]
+    assert answer.stop_reason == "stop" and answer.confidence is not None
+
+
 def test_a_call_of_a_tool_that_a_stop_text_cuts_has_no_log_odds(sure_bundle: Path) -> None:
     tools = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}]
     options: dict[str, Any] = {"adapter": "command", "tools": tools, "tool_choice": "required"}

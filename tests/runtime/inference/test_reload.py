@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 import time
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 from edgetune_export.backends.base import Source
-from edgetune_runtime import IncompatibleError, Runtime, VerificationError
+from edgetune_runtime import AsyncRuntime, IncompatibleError, Runtime, VerificationError
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
+from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.store.durable import replace_link
 from edgetune_runtime.store.in_use import is_in_use
@@ -250,3 +252,24 @@ def test_another_base_needs_a_restart_and_changes_nothing(prefix: Path, followin
             runtime.reload()
         assert runtime.adapters == NAMES
         assert answer(runtime, "task0") == before
+
+
+def test_a_reload_that_fails_unexpectedly_is_logged_and_others_follow(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with await AsyncRuntime.open(bundle, disk_mb=0) as runtime:
+            follower, reloads = FollowedBundle(runtime), asyncio.Queue[None]()
+
+            async def reload() -> None:
+                reloads.put_nowait(None)
+                raise RuntimeError("no thread")
+
+            watching = asyncio.create_task(follower.watch(reload))
+            for _ in range(2):
+                follower.ask()
+                await asyncio.wait_for(reloads.get(), 30)
+            watching.cancel()
+
+    asyncio.run(main())
+    assert caplog.text.count("cannot reload the bundle") == 2

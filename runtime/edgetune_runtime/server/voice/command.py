@@ -61,7 +61,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         raise UsageError(f"--languages {options.languages!r} has an empty name", "give names such as en,de")
 
     with bind(host, port) as listening, open_bundle() as runtime:
-        require_for(runtime.manifest)
+        manifest = runtime.manifest
+        require_for(entry for entry in manifest.adapters.values() if adapter in (entry.name, AUTO))
         service = WyomingService(AsyncRuntime(runtime), adapter, languages, options.max_tokens, options.deadline_s)
         uri = url_of(listening, "tcp")
         line = json.dumps({"uri": uri, "pid": os.getpid()}) if options.json else f"serving {options.bundle} at {uri}"
