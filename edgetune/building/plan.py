@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,9 @@ from edgetune.tasks.folds import fold_tasks
 from edgetune.tasks.task import Task, Texts, read_task, read_texts
 from edgetune.training.device import CPU, TrainingDevice, may_have_gpu
 from edgetune.training.precision import check_precision
+
+_TEMPLATE_MARK = re.compile(r"<[^<>\s]+>|\[/INST\]")
+"""A mark as chat templates write them: a text with one may be a rendered conversation."""
 
 
 def plan_build(
@@ -111,10 +115,11 @@ def _check_labels(task: Task) -> None:
 
 
 def _check_texts(task: Task) -> None:
-    """UsageError for rows of plain text that the method cannot learn from."""
+    """UsageError for rows of plain text that the method cannot learn from; those with marks are seen in training."""
     method, rows = task.spec.method, (*task.trained_rows, *task.choosing)
+    texts = [row.where for row in rows if row.messages is None and not _TEMPLATE_MARK.search(row.text or "")]
     try:
-        methods.load(method.name).check_texts(method.options, [row.where for row in rows if row.messages is None])
+        methods.load(method.name).check_texts(method.options, texts)
     except UsageError as error:
         raise UsageError(f"adapter {task.name!r}: {error.message}", error.remedy) from error
 

@@ -140,12 +140,20 @@ def test_rows_of_one_label_are_refused_unless_out_of_scope_adds_another(
 
 
 def test_plain_texts_without_the_invocation_of_alora_are_refused_before_the_base_is_made(tmp_path: Path) -> None:
-    rows = {"rows.jsonl": [{"text": f"turn the lamp {number} on"} for number in range(20)]}
-    by_default, by_text = (
-        make_recipe(tmp_path, "org/not-downloaded", {"a": adapter_of(method={"name": "alora", **options})}, data=rows)
-        for options in ({}, {"invocation": " lamp"})
+    texts = [f"turn the lamp {number} on" for number in range(20)]
+    rendered = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\nok<|im_end|>" for text in texts]
+    data = {"rows.jsonl": [{"text": text} for text in texts], "chats.jsonl": [{"text": text} for text in rendered]}
+    by_default, by_text, of_chats = (
+        make_recipe(
+            tmp_path,
+            "org/not-downloaded",
+            {"a": adapter_of(train=rows, method={"name": "alora", **options})},
+            data=data,
+        )
+        for rows, options in (("rows.jsonl", {}), ("rows.jsonl", {"invocation": " lamp"}), ("chats.jsonl", {}))
     )
-    assert plan_build(by_text).plan.adapters["a"].method == "alora"
+    for recipe in (by_text, of_chats):
+        assert plan_build(recipe).plan.adapters["a"].method == "alora"
     told = "adapter 'a': 20 rows of plain text, such as .*rows.jsonl:.*, have nothing to learn after the invocation, .*"
     with pytest.raises(UsageError, match=f"{told}; set invocation to a text in every prompt"):
         plan_build(by_default)
