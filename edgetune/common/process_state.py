@@ -11,7 +11,7 @@ _TURN = RLock()
 
 @contextmanager
 def own_process_state(say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other thread is in such a block, which `say` is told, and run the block as in a new process.
+    """Tell `say` and wait if another thread is in such a block, then run the block as in a new process.
 
     torch's seed and default dtype, and how models are made without weights, are the same for all threads. At the end,
     also of a block that raises, the settings and the seed of torch and the logging of transformers are as before.
@@ -43,6 +43,7 @@ def _default_torch() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(seeded))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_default_dtype(torch.float32)
         yield
 

@@ -54,6 +54,7 @@ def test_settings_seed_and_logging_are_as_before_also_after_an_interrupt(monkeyp
     # Not the class of that name.
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
     before = torch.get_default_dtype(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    threads = torch.get_num_threads()
     try:
         torch.set_default_dtype(torch.bfloat16)
         logging.set_verbosity_info()
@@ -64,14 +65,16 @@ def test_settings_seed_and_logging_are_as_before_also_after_an_interrupt(monkeyp
         with pytest.raises(KeyboardInterrupt), own_process_state(QUIET.say):
             assert torch.get_default_dtype() == torch.float32
             torch.manual_seed(1)
+            torch.set_num_threads(threads + 1)
             logging.set_verbosity_error()
             logging.disable_progress_bar()
             raise KeyboardInterrupt
-        assert torch.rand(1) == expected
+        assert (torch.rand(1), torch.get_num_threads()) == (expected, threads)
         assert (torch.get_default_dtype(), logging.get_verbosity()) == (torch.bfloat16, logging.INFO)
         assert logging.is_progress_bar_enabled()
         assert not are_progress_bars_disabled()
     finally:
         torch.set_default_dtype(before[0])
+        torch.set_num_threads(threads)
         logging.set_verbosity(before[1])
         (logging.enable_progress_bar if before[2] else logging.disable_progress_bar)()
