@@ -17,6 +17,8 @@ _ENGLISH = frozenset((
     "door", "window", "remind", "find", "book", "order", "ten", "twenty", "thirty", "two", "three", "four", "five",
     "six", "seven", "some", "any", "new", "list", "send", "message", "cancel", "do", "does", "did", "have", "has",
     "want", "need", "like", "much", "many", "time", "day", "week", "about",
+    "would", "could", "should", "been", "were", "had", "they", "them", "their", "but", "after", "before", "because",
+    "which", "who", "just", "very", "these", "those", "than", "then", "into", "out",
 ))  # fmt: skip
 _OTHERS = frozenset((
     "der", "das", "und", "ist", "im", "an", "auf", "aus", "bitte", "mit", "den", "dem", "ein", "eine", "einen", "nicht",

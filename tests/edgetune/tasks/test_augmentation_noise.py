@@ -10,11 +10,25 @@ from edgetune.tasks.augmentation.english import is_english
 from edgetune.tasks.augmentation.noise import noisy
 from edgetune.tasks.augmentation.slots import Mention
 
+REVIEWS = [
+    "Great blender, crushes ice without leaking.",
+    "Broke after two weeks.",
+    "They sent me one which had been used before.",
+    "Battery life could be better, but sound quality should please anyone.",
+    "Very comfortable shoes, true size.",
+    "Customer service would never answer.",
+    "These headphones were cheap, then fell apart.",
+    "Just perfect!",
+    "Heavier than expected, because of its metal case.",
+    "Zipper came out, refund took months.",
+]
+
 
 @pytest.mark.parametrize(
     ("prompts", "expected"),
     [
         (["play some jazz", "kitchen lights off", "volume up", "timer ten minutes", "call mom", "stop"], True),
+        (REVIEWS, True),
         (["turn on the lamp", "set the Wohnzimmer to 20 percent"], True),
         (["Licht in der Küche an", "Stell im Flur 75 Prozent ein", "Bad auf fünfzig Prozent"], False),
         (["Licht an", "Licht aus", "Heizung an"], False),
