@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event
 
 from edgetune_export.empty_weights import empty_weights
 from torch.nn import BatchNorm1d, Linear
@@ -18,3 +19,19 @@ def test_other_threads_make_modules_with_weights() -> None:
     with ThreadPoolExecutor(1) as threads, empty_weights():
         other = threads.submit(Linear, 1, 1).result()
     assert not other.weight.is_meta
+
+
+def test_torch_is_as_before_after_blocks_of_two_threads_that_overlap() -> None:
+    before, is_first_over = Linear.register_parameter, Event()
+
+    def second() -> None:
+        with empty_weights():
+            assert is_first_over.wait(30)
+
+    with ThreadPoolExecutor(1) as threads:
+        with empty_weights():
+            running = threads.submit(second)
+            wait([running], 0.2)
+        is_first_over.set()
+        running.result(30)
+    assert Linear.register_parameter is before
