@@ -146,6 +146,9 @@ def scope_of(spec: OutOfScopeSpec, answers: Sequence[ScopeAnswer]) -> Scope:
     if place and known[place - 1] != _LOWEST:
         # Midway, so that rounding refuses no more of them: the states are those of the first format.
         threshold = (known[place - 1] + threshold) / 2
+    elif known and threshold != _LOWEST:
+        # Below the first row that may not be refused, for the same reason.
+        threshold -= 0.01
     refused, found = (_share_below(threshold, odds) for odds in (known, others))
     return Scope(spec.label, threshold, refused, found)
 

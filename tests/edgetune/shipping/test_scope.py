@@ -93,7 +93,10 @@ def test_the_threshold_refuses_the_stated_share_of_known_rows_and_no_more(refuse
     wide = scope_of(OutOfScopeSpec(refused=refused), [*known, *mislabelled, *others, named])
     assert (wide.refused, wide.found, wide.threshold) == (0.375, 1 / 4, -1e6)
     half = scope_of(OutOfScopeSpec(refused=0.5), [*known, *[ScopeAnswer(True, -1e6)] * 100])
-    assert (half.refused, half.threshold) == (0.5, 0)
+    assert (half.refused, half.threshold) == (0.5, -0.01)
+    # So few rows that none may be refused, nor by rounding.
+    few = scope_of(OutOfScopeSpec(refused=0.1), known[:9])
+    assert (few.refused, few.threshold) == (0, -0.01)
 
 
 def test_the_runtime_compares_a_prompt_with_the_training_prompts(bundle: Path, manifest: Manifest) -> None:
