@@ -95,7 +95,8 @@ def slots_of(prompt: str, answer: Answer, *, english: bool) -> list[Slot]:
 def mentions_of(text: str, value: Scalar, *, english: bool = True) -> list[Mention]:
     """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words.
 
-    Texts of digits may be said digit by digit. Both are not looked for if the text is not `english`.
+    Texts of digits may be said digit by digit. Number words, also digit by digit, are looked for only
+    if the text is `english`.
     """
     pattern = _pattern(value, text, english=english)
     mentions = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
@@ -112,11 +113,12 @@ def has_value(text: str, value: Scalar) -> bool:
 
 def parts_of(text: str, value: Scalar) -> list[Mention]:
     """Where a text has the value, also as a part of a word, as in compounds, or without spaces, as in Chinese."""
-    words = [re.escape(word) for word in spoken(value if isinstance(value, str) else _digits(value)).split()]
+    words = spoken(value if isinstance(value, str) else _digits(value)).split()
     is_letter = len(words) == 1 and len(words[0]) == 1 and words[0].lower() != words[0].upper()
-    if not words or is_letter:
+    # As in `_pattern`.
+    if not words or is_letter or words[0].lower() not in text.lower():
         return []
-    pattern = rf"(?!(?<=\d)\d|(?<=\d[.:,])\d){_ANY_SPACE.join(words)}(?!(?<=\d)[.:,]?\d)"
+    pattern = rf"(?!(?<=\d)\d|(?<=\d[.:,])\d){_ANY_SPACE.join(map(re.escape, words))}(?!(?<=\d)[.:,]?\d)"
     return [Mention(m.start(), m.end()) for m in re.finditer(pattern, text, re.IGNORECASE)]
 
 
