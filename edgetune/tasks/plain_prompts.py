@@ -24,8 +24,8 @@ _EMOJI_STYLE = "\ufe0e\ufe0f"
 def plain(text: str) -> str:
     """A text without case, with single spaces, and without punctuation at the ends of words.
 
-    Marks and quotes count no more after a space, as in French. Letters, apostrophes and dashes have one form each, and
-    invisible characters are left out. Signs such as $, % and # count, and the - of a negative number.
+    Marks and quotes do not count after a space either, as in French. Letters, apostrophes and dashes have one form
+    each, and invisible characters are left out. Signs such as $, % and # count, and the - of a negative number.
     """
     folded = text if text.isascii() else text.translate({ord(sign): _folded(sign) for sign in set(text)})
     composed = unicodedata.normalize("NFC", folded).casefold()
