@@ -89,7 +89,7 @@ def load_recipe(
     loaded = source if isinstance(source, Recipe) else Recipe.from_file(source)
     changes = {**split_of(manifest, [name for name in loaded.adapters if name in manifest.adapters]), **settings}
     if isinstance(source, Recipe):
-        return Recipe.from_dict(values_of(source), settings=changes, flags=flags)
+        return Recipe.from_dict(values_of(source), source.folder.absolute(), changes, flags)
     return Recipe.from_file(source, changes, flags)
 
 

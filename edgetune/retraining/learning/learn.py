@@ -218,7 +218,7 @@ def _recipe_of(bundle: Path, manifest: Manifest, source: Path | Recipe | None, n
         raise NotFoundError(message, "give it: --recipe RECIPE")
     unknown = [name for name in names if name not in recipe.adapters]
     if unknown:
-        owner = source if isinstance(source, Path) else f"the recipe of {bundle}"
+        owner = "the given recipe" if isinstance(source, Recipe) else source or f"the recipe of {bundle}"
         message = f"{owner} has no adapter {unknown[0]!r}, of which the log has corrections"
         raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
     return recipe

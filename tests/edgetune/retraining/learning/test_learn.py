@@ -30,7 +30,7 @@ from edgetune.building.pipeline import build
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.retraining.learning.kept import adapter_folders, recipe_beside
+from edgetune.retraining.learning.kept import adapter_folders, load_recipe, recipe_beside
 from edgetune.retraining.learning.learn import Learned, learn, read_logs
 from edgetune.retraining.learning.questions import ask, most_informative
 from edgetune.retraining.learning.questions import logged as write_logged
@@ -363,6 +363,10 @@ def test_the_recipe_with_the_old_rows_is_asked_for(home: Path) -> None:
     write_recipe(home.parent, "base.gguf", {"other": adapter_of(train="light.jsonl")}, data={})
     with pytest.raises(UsageError, match=r"recipe\.yaml has no adapter 'light', of which the log has corrections"):
         run(home, logged(home, corrections()))
+    recipe, entries = Recipe.from_file(home.with_name(NAME)), read_logs(home, [logged(home, corrections())], QUIET.say)
+    assert load_recipe(recipe, read_manifest(home), {}).folder == home.parent
+    with pytest.raises(UsageError, match="the given recipe has no adapter 'light'"):
+        learn(home, entries, recipe, None, QUIET)
     with pytest.raises(NotFoundError, match="--recipe RECIPE"):
         learn(home, read_logs(home, [logged(home, corrections())], QUIET.say), None, None, QUIET)
 
