@@ -8,11 +8,10 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
 
 from edgetune_runtime.bundle import pinned
 from edgetune_runtime.bundle.parts import identity_in
-from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.errors import EdgetuneError, error_to_report
 
 from .adapter_changes import AdapterChanges
 from .asynchronous import AsyncRuntime
@@ -44,8 +43,8 @@ class FollowedBundle:
             digest = identity_in(self.folder)
             changes = await self._runtime.reload()
         except (EdgetuneError, OSError) as error:
-            reason = error if isinstance(error, EdgetuneError) else _explained(error, self.folder)
-            _LOG.warning("cannot reload the adapters of %s: %s", bundle, reason)
+            reported = error_to_report(error, unexpected="check the disk that has the bundle")
+            _LOG.warning("cannot reload the adapters of %s: %s", bundle, reported)
             return None
         if not changes.refused:
             self.digest = digest
@@ -74,10 +73,6 @@ class FollowedBundle:
     def ask(self) -> None:
         """Have `watch` reload the bundle. In the thread of its event loop."""
         self._is_asked.set()
-
-
-def _explained(error: OSError, folder: Path) -> str:
-    return f"{error.filename or folder}: {error.strerror or error}; check that the bundle is there and may be read"
 
 
 def reload_signal() -> signal.Signals | None:
