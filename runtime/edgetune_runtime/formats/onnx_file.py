@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 class Value:
     """A graph's input, output or initializer: ONNX type number and shape.
 
-    A symbolic dimension is its symbol, an unknown one is "". A value that is not a tensor has `elem_type` 0 and
+    A symbolic dimension is its symbol, an unknown one is "". A value without a type has `elem_type` 0 and
     shape ().
     """
 
@@ -65,8 +65,8 @@ class Value:
 class OnnxHeader:
     """Everything in an ONNX file except its weights.
 
-    `external_files` are relative to the model's folder. `ops` are the operators of all graphs and functions, such as
-    `MatMul` and `com.microsoft::MatMulNBits`.
+    `external_files` are relative to the model's folder. `ops` are its operators, such as `MatMul` and
+    `com.microsoft::MatMulNBits`.
     """
 
     inputs: Mapping[str, Value]
@@ -81,7 +81,7 @@ def read_onnx(path: Path) -> OnnxHeader:
     """Read an ONNX model; check its structure, and that all tensors are inside the files that it names.
 
     Raises NotFoundError when there is no such file, and VerificationError for a truncated or malformed file, duplicate
-    names, and external data that is missing, too short or outside the model's folder.
+    names, parts that no exporter writes, and external data that is missing, too short or outside the model's folder.
     """
     return _Header(decode(path), path).header()
 
@@ -102,13 +102,9 @@ class _Header:
             raise self._damaged("has no version, no graph or no opset")
         self._unique("operator set", ((_domain(entry), None) for entry in model["opset_import"]))
         metadata = [(e.get("key", ""), e.get("value", "")) for e in model.get("metadata_props", ())]
-        self._check_graph(graph)
-        for training in model.get("training_info", ()):
-            for part in ("initialization", "algorithm"):
-                self._check_graph(training.get(part, {}))
-        for function in model.get("functions", ()):
-            self._check_nodes(function.get("node", ()))
-            self._check_attributes(function.get("attribute_proto", ()))
+        for tensor in graph.get("initializer", ()):
+            self._check_tensor(tensor)
+        self._check_nodes(graph.get("node", ()))
         return OnnxHeader(
             self._by_name("input", map(self._value, graph.get("input", ()))),
             self._by_name("output", map(self._value, graph.get("output", ()))),
@@ -118,39 +114,21 @@ class _Header:
             frozenset(self._ops),
         )
 
-    def _check_graph(self, graph: Message) -> None:
-        for tensor in graph.get("initializer", ()):
-            self._check_tensor(tensor)
-        for sparse in graph.get("sparse_initializer", ()):
-            self._check_sparse(sparse)
-        self._check_nodes(graph.get("node", ()))
-
     def _check_nodes(self, nodes: Sequence[Message]) -> None:
         for node in nodes:
             op_type, domain = node.get("op_type", ""), _domain(node)
             if not op_type:
                 raise self._damaged(f"has node {node.get('name', '')[:80]!r} without an operator")
             self._ops.add(f"{domain}::{op_type}" if domain else op_type)
-            self._check_attributes(node.get("attribute", ()))
-
-    def _check_attributes(self, attributes: Sequence[Message]) -> None:
-        for attribute in attributes:
-            for tensor in _both(attribute, "t", "tensors"):
-                self._check_tensor(tensor)
-            for sparse in _both(attribute, "sparse_tensor", "sparse_tensors"):
-                self._check_sparse(sparse)
-            for graph in _both(attribute, "g", "graphs"):
-                self._check_graph(graph)
-
-    def _check_sparse(self, sparse: Message) -> None:
-        self._check_shape("a sparse tensor", sparse.get("dims", ()))
-        for part in ("values", "indices"):
-            self._check_tensor(sparse.get(part, {"dims": (0,)}))
+            for attribute in node.get("attribute", ()):
+                if "t" in attribute:
+                    self._check_tensor(attribute["t"])
 
     def _check_tensor(self, tensor: Message) -> None:
         shape, bits = tensor.get("dims", ()), _TYPE_BITS.get(tensor.get("data_type", 0))
         called = f"tensor {tensor.get('name', '')[:80]!r}"
-        self._check_shape(called, shape)
+        if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
+            raise self._damaged(f"has {called} of invalid shape {tuple(shape[:8])} with {len(shape)} dimensions")
         elements = math.prod(shape)
         nbytes = None if bits is None else -(-elements * bits // 8)
         location = tensor.get("data_location", 0)
@@ -198,10 +176,7 @@ class _Header:
         return status.st_size
 
     def _value(self, info: Message) -> Value:
-        kind = info.get("type", {})
-        if len(kind) > 1:
-            raise self._damaged(f"has {info.get('name', '')[:80]!r} with more than one type")
-        tensor = kind.get("tensor_type", {})
+        tensor = info.get("type", {}).get("tensor_type", {})
         dimensions = tensor.get("shape", {}).get("dim", ())
         if any(len(dimension) > 1 for dimension in dimensions):
             raise self._damaged(f"has {info.get('name', '')[:80]!r} with a dimension that is both number and symbol")
@@ -219,10 +194,6 @@ class _Header:
             table[name] = value
         return table
 
-    def _check_shape(self, called: str, shape: Sequence[int]) -> None:
-        if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
-            raise self._damaged(f"has {called} of invalid shape {tuple(shape[:8])} with {len(shape)} dimensions")
-
     def _damaged(self, problem: str) -> VerificationError:
         return VerificationError(f"{self._path} {problem}", COPY_FILE_AGAIN)
 
@@ -230,10 +201,6 @@ class _Header:
 def _domain(message: Message) -> str:
     domain: str = message.get("domain", "")
     return "" if domain == "ai.onnx" else domain
-
-
-def _both(message: Message, one: str, many: str) -> list[Message]:
-    return [*([message[one]] if one in message else ()), *message.get(many, ())]
 
 
 def _dimension(dimension: Message) -> int | str:
@@ -245,6 +212,3 @@ def _dimension(dimension: Message) -> int | str:
 def _initializers(graph: Message) -> Iterator[Value]:
     for tensor in graph.get("initializer", ()):
         yield Value(tensor.get("name", ""), tensor.get("data_type", 0), tuple(tensor.get("dims", ())))
-    for sparse in graph.get("sparse_initializer", ()):
-        values = sparse.get("values", {})
-        yield Value(values.get("name", ""), values.get("data_type", 0), tuple(sparse.get("dims", ())))

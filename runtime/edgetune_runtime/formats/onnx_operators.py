@@ -1,6 +1,6 @@
 """The list of operators that an ONNX graph may have: those that the exporters write for decoders and encoders.
 
-None of them has a graph of its own, so no graph has loops or branches.
+None of them has a graph of its own, which `onnx_wire` refuses, so no graph has loops or branches.
 """
 
 from __future__ import annotations

@@ -22,20 +22,11 @@ _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
         7: ("graph", "Graph"),
         8: ("opset_import", "OperatorSet*"),
         14: ("metadata_props", "Entry*"),
-        20: ("training_info", "TrainingInfo*"),
-        25: ("functions", "Function*"),
+        20: ("training_info", "refused"),
+        25: ("functions", "refused"),
     },
     "OperatorSet": {1: ("domain", "text"), 2: ("version", "int64")},
     "Entry": {1: ("key", "text"), 2: ("value", "text")},
-    "TrainingInfo": {1: ("initialization", "Graph"), 2: ("algorithm", "Graph")},
-    "Function": {
-        1: ("name", "text"),
-        4: ("input", "text*"),
-        5: ("output", "text*"),
-        7: ("node", "Node*"),
-        10: ("domain", "text"),
-        11: ("attribute_proto", "Attribute*"),
-    },
     "Graph": {
         1: ("node", "Node*"),
         2: ("name", "text"),
@@ -43,7 +34,7 @@ _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
         11: ("input", "ValueInfo*"),
         12: ("output", "ValueInfo*"),
         13: ("value_info", "ValueInfo*"),
-        15: ("sparse_initializer", "SparseTensor*"),
+        15: ("sparse_initializer", "refused"),
     },
     "Node": {
         1: ("input", "text*"),
@@ -56,12 +47,12 @@ _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
     "Attribute": {
         1: ("name", "text"),
         5: ("t", "Tensor"),
-        6: ("g", "Graph"),
-        10: ("tensors", "Tensor*"),
-        11: ("graphs", "Graph*"),
+        6: ("g", "refused"),
+        10: ("tensors", "refused"),
+        11: ("graphs", "refused"),
         20: ("type", "int32"),
-        22: ("sparse_tensor", "SparseTensor"),
-        23: ("sparse_tensors", "SparseTensor*"),
+        22: ("sparse_tensor", "refused"),
+        23: ("sparse_tensors", "refused"),
     },
     "Tensor": {
         1: ("dims", "int64*"),
@@ -77,28 +68,27 @@ _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
         13: ("external_data", "Entry*"),
         14: ("data_location", "int32"),
     },
-    "SparseTensor": {1: ("values", "Tensor"), 2: ("indices", "Tensor"), 3: ("dims", "int64*")},
     "ValueInfo": {1: ("name", "text"), 2: ("type", "Type")},
     "Type": {
         1: ("tensor_type", "TensorType"),
-        4: ("sequence_type", "ElementType"),
-        5: ("map_type", "MapType"),
-        8: ("sparse_tensor_type", "TensorType"),
-        9: ("optional_type", "ElementType"),
+        4: ("sequence_type", "refused"),
+        5: ("map_type", "refused"),
+        8: ("sparse_tensor_type", "refused"),
+        9: ("optional_type", "refused"),
     },
     "TensorType": {1: ("elem_type", "int32"), 2: ("shape", "Shape")},
-    "ElementType": {1: ("elem_type", "Type")},
-    "MapType": {1: ("key_type", "int32"), 2: ("value_type", "Type")},
     "Shape": {1: ("dim", "Dimension*")},
     "Dimension": {1: ("dim_value", "int64"), 2: ("dim_param", "text")},
 }
-"""The messages of onnx.proto by field number: name and kind, with * if repeated. Of `data`, only the size is read."""
+"""The messages of onnx.proto by field number: name and kind, with * if repeated. Of `data`, only the size is read.
+
+No message may contain one of its own kind, as the decoder is recursive: what could is `refused`.
+"""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _INTEGER_BITS = {"int32": 32, "int64": 64}
 _MAX_VARINT_BYTES = 10
-_MAX_DEPTH = 100
 _MAX_FIELDS = 2_000_000
 
 Message = Mapping[str, Any]
@@ -111,8 +101,8 @@ For weights it has only the size in bytes: as `raw_data`, or in the list `data` 
 def decode(path: Path) -> Message:
     """Decode the ModelProto in the file.
 
-    Raises NotFoundError when there is no such file, and VerificationError for a file that is truncated, malformed or
-    nested too deeply, for text that is not UTF-8, and for numbers out of range.
+    Raises NotFoundError when there is no such file, and VerificationError for a file that is truncated or malformed,
+    for fields that no exporter writes, for text that is not UTF-8, and for numbers out of range.
     """
     with reading(path) as file:
         if not os.fstat(file.fileno()).st_size:
@@ -134,11 +124,9 @@ class _Decoder:
         self._fields_left = _MAX_FIELDS
 
     def model(self) -> Message:
-        return self._message("Model", 0, len(self._data), 1)
+        return self._message("Model", 0, len(self._data))
 
-    def _message(self, kind: str, position: int, end: int, depth: int) -> dict[str, Any]:
-        if depth > _MAX_DEPTH:
-            raise self._damaged(f"has messages nested more than {_MAX_DEPTH} levels deep")
+    def _message(self, kind: str, position: int, end: int) -> dict[str, Any]:
         fields = _MESSAGES[kind]
         message: dict[str, Any] = {}
         while position < end:
@@ -157,15 +145,15 @@ class _Decoder:
                 raise self._damaged(f"has a field of {kind} at byte {position} that is truncated or has no number")
             self._count_field()
             if tag >> 3 in fields:
-                self._keep(message, fields[tag >> 3], wire, (start, stop), depth)
+                self._keep(message, fields[tag >> 3], wire, (start, stop))
             position = stop
         return message
 
-    def _keep(
-        self, message: dict[str, Any], field: tuple[str, str], wire: int, place: tuple[int, int], depth: int
-    ) -> None:
+    def _keep(self, message: dict[str, Any], field: tuple[str, str], wire: int, place: tuple[int, int]) -> None:
         """Add a field's value to `message`, in a list if the field is repeated."""
         name, kind = field
+        if kind == "refused":
+            raise self._damaged(f"has {name}, which no exporter writes")
         base = kind.removesuffix("*")
         integer = base in _INTEGER_BITS
         value: Any
@@ -178,7 +166,7 @@ class _Decoder:
         elif base == "data":
             value = place[1] - place[0]
         else:
-            value = self._message(base, *place, depth + 1)
+            value = self._message(base, *place)
         if base != kind:
             message.setdefault(name, []).extend(value if integer else (value,))
         elif name in message:
