@@ -18,15 +18,16 @@ from typing import Any
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import first_of
 
-from .gguf_bounds import LAYERS, Between, FlagPerLayer, Flags, HeadsPerLayer, Sections, Widths
+from .gguf_bounds import LAYERS, Array, Between
 from .gguf_file import GgufHeader, read_header
 
 _HEAD_SIZE = 2048
-Allowed = Between | Flags | FlagPerLayer | HeadsPerLayer | Widths | Sections | Sequence[Any]
+Allowed = Between | Array | Sequence[Any]
 
 _FACTOR, _ROPE_FACTOR = Between(1e-6, 1e6), Between(0.0, 1e6)
 _WIDTH = Between(1, 1 << 20)
 _WINDOW, _EPSILON = Between(0, 1 << 24), Between(1e-12, 0.1)
+_FLAG = Between(0, 1)
 _COMMON: Mapping[str, Allowed] = {
     "vocab_size": Between(1, 1 << 20),
     "context_length": Between(1, 1 << 24),
@@ -73,7 +74,7 @@ _REQUIRED = (
     "attention.layer_norm_rms_epsilon",
 )
 _SLIDING: Mapping[str, Allowed] = {
-    "attention.sliding_window_pattern": Flags(_WINDOW),
+    "attention.sliding_window_pattern": Array(_FLAG, _WINDOW),
     "rope.freq_base_swa": Between(1.0, 1e12),
 }
 
@@ -88,12 +89,12 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
     },
     "gemma4": {
         "attention.sliding_window": Between(1, 1 << 24),
-        "attention.sliding_window_pattern": FlagPerLayer(),
+        "attention.sliding_window_pattern": Array(_FLAG),
         "attention.key_length_swa": Between(1, _HEAD_SIZE),
         "attention.value_length_swa": Between(1, _HEAD_SIZE),
         "attention.shared_kv_layers": Between(0, LAYERS),
         "embedding_length_per_layer_input": _WIDTH,
-        "feed_forward_length": Widths(_WIDTH),
+        "feed_forward_length": Array(_WIDTH, _WIDTH),
         "final_logit_softcapping": Between(0.0, 1e6),
         "rope.dimension_count_swa": Between(2, _HEAD_SIZE),
         "rope.freq_base_swa": Between(1.0, 1e12),
@@ -115,16 +116,16 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
     "ernie4_5": {},
     "hunyuan-dense": {},
     "lfm2": {
-        "attention.head_count_kv": HeadsPerLayer(Between(1, 1 << 10)),
+        "attention.head_count_kv": Array(Between(0, 1 << 10)),
         "attention.sliding_window": (0,),
         "shortconv.l_cache": Between(2, 64),
     },
     "olmo2": _SLIDING,
     "phi3": {},
     "qwen35": {
-        "attention.recurrent_layers": FlagPerLayer(),
+        "attention.recurrent_layers": Array(_FLAG),
         "full_attention_interval": Between(1, LAYERS),
-        "rope.dimension_sections": Sections(Between(0, _HEAD_SIZE)),
+        "rope.dimension_sections": Array(Between(0, _HEAD_SIZE)),
         "ssm.conv_kernel": Between(2, 64),
         "ssm.state_size": Between(1, _HEAD_SIZE),
         "ssm.group_count": Between(1, 1 << 10),
@@ -213,8 +214,9 @@ def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
     layers, width, heads = own["block_count"], own["embedding_length"], own["attention.head_count"]
     kv_heads = own["attention.head_count_kv"] or heads
     if isinstance(kv_heads, tuple):
-        if len(kv_heads) != layers:
-            yield f"{header.architecture}.attention.head_count_kv has {len(kv_heads)} numbers for {layers} layers"
+        if len(kv_heads) != layers or len({*kv_heads} - {0}) != 1:
+            yield f"{header.architecture}.attention.head_count_kv is not 0 or the same in each of {layers} layers"
+            return
         kv_heads = max(kv_heads)
     size = own["attention.key_length"] or width // heads
     rotated = own["rope.dimension_count"] or size
@@ -264,8 +266,9 @@ def _wrong_delta_nets(header: GgufHeader, layers: int, size: int) -> Iterator[st
     flags = header.metadata.get("qwen35.attention.recurrent_layers")
     if isinstance(flags, tuple) and len(flags) != layers:
         yield f"qwen35.attention.recurrent_layers has {len(flags)} flags for {layers} layers"
-    if sum(header.metadata.get("qwen35.rope.dimension_sections", ())) > size:
-        yield f"qwen35.rope.dimension_sections have more than the {size} numbers of a head"
+    sections = header.metadata.get("qwen35.rope.dimension_sections")
+    if sections and (len(sections) != 4 or not 0 < sum(sections) <= size):
+        yield f"qwen35.rope.dimension_sections are not four, of 1 to {size} numbers of a head together"
 
 
 def _wrong_sharing(header: GgufHeader, layers: int, size: int) -> Iterator[str]:

@@ -141,6 +141,28 @@ def test_layers_of_a_gemma4_that_cannot_share_keys_are_refused(
         check_base(read_header(path), path)
 
 
+HEADS, SECTIONS = "lfm2.attention.head_count_kv", "qwen35.rope.dimension_sections"
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        (HEADS, lambda heads: heads[1:]),
+        (HEADS, lambda heads: [0] * len(heads)),
+        (HEADS, lambda heads: [1, 2, *heads[2:]]),
+        (SECTIONS, lambda sections: sections[:3]),
+        (SECTIONS, lambda _: [0] * 4),
+        (SECTIONS, lambda _: [512] * 4),
+    ],
+)
+def test_heads_that_differ_and_sections_that_do_not_fit_are_refused(
+    key: str, change: Callable[[list], list], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = rewritten(tiny_gguf(key.partition(".")[0]), tmp_path / "base.gguf", items(key, change))
+    with pytest.raises(VerificationError, match=key):
+        check_base(read_header(path), path)
+
+
 @pytest.fixture(scope="module")
 def byte_level(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with the first 400 tokens of a byte-level vocabulary: all bytes, and some of their merges."""
