@@ -1,9 +1,9 @@
-"""Checks values that were read from JSON, many at a time against type hints: a manifest may have 1,000 adapters."""
+"""Checks values that were read from JSON, also against type hints."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -54,38 +54,13 @@ def type_check(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401 - type hints
 
     Of generic types, it knows `Mapping`, `tuple` of one type, and unions.
     """
-    types = _types_of(hint)
-    if types is not None:
-        return lambda value: type(value) in types
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, parts = get_origin(hint), [type_check(part) for part in get_args(hint) if part is not ...]
     if origin is Mapping:
-        keys, values = map(_check_all, arguments)
-        return lambda value: isinstance(value, dict) and keys(value) and values(value.values())
+        key, item = parts
+        return lambda value: isinstance(value, dict) and all(map(key, value)) and all(map(item, value.values()))
     if origin is tuple:
-        items = _check_all(arguments[0])
-        return lambda value: isinstance(value, list | tuple) and items(value)
+        return lambda value: isinstance(value, list | tuple) and all(map(parts[0], value))
     if origin is UnionType:
-        choices = [type_check(choice) for choice in arguments]
-        return lambda value: any(fits(value) for fits in choices)
-    return lambda _: True
-
-
-def _check_all(hint: Any) -> Callable[[Iterable[Any]], bool]:  # noqa: ANN401 - as above
-    """Whether all values have a type, without a call per value where it is a plain one."""
-    types = _types_of(hint)
-    if types is not None:
-        return lambda values: types.issuperset(map(type, values))
-    if hint is Any:
-        return lambda _: True
-    fits = type_check(hint)
-    return lambda values: all(map(fits, values))
-
-
-def _types_of(hint: Any) -> frozenset[type] | None:  # noqa: ANN401 - as above
-    """The types that values may have, if they may have any value of these types."""
-    if hint is Any or get_origin(hint) not in (None, UnionType):
-        return None
-    if get_origin(hint) is None:
-        return frozenset({int, float} if hint is float else {hint})
-    choices = [_types_of(choice) for choice in get_args(hint)]
-    return None if None in choices else frozenset().union(*filter(None, choices))
+        return lambda value: any(fits(value) for fits in parts)
+    types = (int, float) if hint is float else (hint,)
+    return lambda value: hint is Any or type(value) in types
