@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.processes.child_process import has_python, run
-from edgetune_runtime.text.json_text import json_or_none
+from edgetune_runtime.text.json_text import is_deeper, json_or_none
 
 REDACTED = "[redacted]"
 MAX_S = 5.0
@@ -57,7 +57,7 @@ class Redaction:
         leaves = [str(leaf) for leaf in _leaves(values)]
         cleaned = {leaf: found[leaf] for leaf in leaves}
         decoded = {leaf: value for leaf in cleaned if (value := _decoded(leaf)) is not None}
-        for leaf in [leaf for leaf, value in decoded.items() if _is_deeper(value, _MAX_DEPTH)]:
+        for leaf in [leaf for leaf, value in decoded.items() if is_deeper(value, _MAX_DEPTH)]:
             cleaned[leaf] = REDACTED
             del decoded[leaf]
         inner = dict(zip(decoded, self._clean_values([*decoded.values()], found), strict=True)) if decoded else {}
@@ -93,7 +93,7 @@ def _texts(values: Sequence[Any]) -> Iterator[str]:
     for leaf in map(str, _leaves(values)):
         yield leaf
         inner = _decoded(leaf)
-        if inner is not None and not _is_deeper(inner, _MAX_DEPTH):
+        if inner is not None and not is_deeper(inner, _MAX_DEPTH):
             yield from _texts([inner])
 
 
@@ -101,11 +101,6 @@ def _decoded(text: str) -> Any:  # noqa: ANN401 - any JSON value
     """The object, list or text that `text` is as JSON, or None."""
     value = json_or_none(text)
     return value if isinstance(value, dict | list | str) else None
-
-
-def _is_deeper(value: Any, levels: int) -> bool:  # noqa: ANN401 - any JSON value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(levels == 0 or _is_deeper(each, levels - 1) for each in inner)
 
 
 def _written_as(text: str, own: object, value: object) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
+from edgetune_runtime.text.json_text import is_deeper
 
 from .problems import RequestError
 
@@ -16,11 +16,7 @@ T = TypeVar("T")
 
 _DEEPEST = 128
 """Levels of objects and lists; code that walks them calls itself for each."""
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LEVELS = np.zeros(128, np.int8)
-_LEVELS[[ord("["), ord("{")]] = 1
-_LEVELS[[ord("]"), ord("}")]] = -1
 _INTEGER_BITS = 63
 
 
@@ -36,7 +32,7 @@ def read_object(data: bytes) -> Mapping[str, Any]:
         raise RequestError("a number in the body has thousands of digits", "send a smaller number") from error
     if not isinstance(value, dict):
         raise RequestError(f"the body is a JSON {_kind_of(value)}", "send a JSON object")
-    if _depth(text) > _DEEPEST:
+    if is_deeper(value, _DEEPEST):
         raise RequestError(f"the body has more than {_DEEPEST} levels of lists and objects", "send fewer levels")
     if _SURROGATE.search(text):
         _require_whole_characters(value)
@@ -151,12 +147,6 @@ def _kind_of(value: object) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise RequestError(f"the body is not JSON: {name} is not a JSON number", "send a JSON object")
-
-
-def _depth(text: str) -> int:
-    """Levels of lists and objects in valid JSON."""
-    outside = np.frombuffer(_STRING.sub("", text).encode("ascii"), np.uint8)
-    return int(np.cumsum(_LEVELS[outside], dtype=np.int32).max(initial=0))
 
 
 def _require_whole_characters(value: object) -> None:

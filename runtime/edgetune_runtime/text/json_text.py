@@ -16,6 +16,16 @@ def _finite(text: str) -> float:
 
 FINITE = json.JSONDecoder(parse_float=_finite)
 """Decodes JSON; ValueError for a number such as 1e999, which Python reads as infinity and cannot write as JSON."""
+_CONTAINERS = frozenset({dict, list})
+
+
+def is_deeper(value: Any, levels: int) -> bool:  # noqa: ANN401 - any JSON value
+    """Whether lists and objects in a JSON value are nested more than `levels` deep; the value is the first."""
+    containers: list[Any] = [[value]]
+    for _ in range(levels + 1):
+        within = (outer.values() if type(outer) is dict else outer for outer in containers)
+        containers = [each for inner in within for each in inner if type(each) in _CONTAINERS]
+    return bool(containers)
 
 
 def json_or_none(text: str) -> Any:  # noqa: ANN401 - any JSON value
