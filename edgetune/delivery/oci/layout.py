@@ -68,7 +68,7 @@ class ImageLayout:
         try:
             with open_regular(path, follows_links=True) as file:
                 file.seek(offset)
-                yield from limited(file, entry.bytes - offset, str(path))
+                yield from limited(file, entry.bytes - offset)
         except OSError as error:
             raise NotFoundError(
                 f"cannot read {path}: {error.strerror or error}", "push the bundle there again"

@@ -73,7 +73,7 @@ def _token(fields: dict[str, str], credentials: Credentials | None, api: str, ht
     query = urllib.parse.urlencode([(key, fields[key]) for key in ("service", "scope") if key in fields])
     login = {} if credentials is None else {"Authorization": credentials.basic}
     with http.reply("GET", f"{realm}?{query}", login) as reply:
-        data = b"".join(limited(reply, _MOST_TOKEN_BYTES, realm))
+        data = b"".join(limited(reply, _MOST_TOKEN_BYTES))
     try:
         raw = json.loads(data)
         token = raw.get("token") or raw["access_token"]

@@ -68,16 +68,15 @@ class Registry:
 
     def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
         """The bytes of a file from an offset on, at most its size."""
-        path = f"blobs/{DIGEST}{entry.sha256}"
-        with self._reply("GET", path, headers=range_from(offset)) as reply:
-            skip_to(offset, reply, path)
-            yield from limited(reply, entry.bytes - offset, f"{self._api}/{path}")
+        with self._reply("GET", f"blobs/{DIGEST}{entry.sha256}", headers=range_from(offset)) as reply:
+            skip_to(offset, reply)
+            yield from limited(reply, entry.bytes - offset)
 
     def read_manifest(self) -> bytes:
         """The artifact's manifest; VerificationError if the registry says itself that it is another one."""
         headers = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
         with self._reply("GET", f"manifests/{self._version}", headers=headers) as reply:
-            data = b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(self.reference)))
+            data = b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES))
             self._require_digest(reply, hashlib.sha256(data).hexdigest())
         return data
 
@@ -91,7 +90,7 @@ class Registry:
         try:
             while place is not None and len(parts) < _MOST_PARTS:
                 with self._reply("GET", place) as reply:
-                    parts.append(b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(self.reference))))
+                    parts.append(b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES)))
                     found = _NEXT.search(reply.headers.get("Link", ""))
                     place = None if found is None else self._address(found[1])
         except NotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.wording import shortened
 
 from .http_client import HttpClient, StatusError
-from .slow_replies import is_too_slow
 from .state import refuse_login
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ class Location:
         where = shortened(f"{self.text}/{path}")
         try:
             with self._opened(path, offset) as source:
-                yield from limited(source, most, where)
+                yield from limited(source, most)
         except FileNotFoundError as error:
             raise MissingError(f"there is no {where}", _CHECK) from error
         except StatusError as error:
@@ -85,7 +83,7 @@ class Location:
                 yield file
             return
         with self._http.reply("GET", f"{self.text}/{path}", range_from(offset)) as reply:
-            skip_to(offset, reply, path)
+            skip_to(offset, reply)
             yield reply
 
 
@@ -102,23 +100,20 @@ def range_from(offset: int) -> dict[str, str]:
     return {"Range": f"bytes={offset}-"} if offset else {}
 
 
-def skip_to(offset: int, reply: BaseHTTPResponse, where: str) -> None:
+def skip_to(offset: int, reply: BaseHTTPResponse) -> None:
     """Read a reply up to an offset that was asked for, where the server ignores ranges."""
     begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
     if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):
-        for _ in limited(reply, offset, where):
+        for _ in limited(reply, offset):
             pass
 
 
-def limited(source: IO[bytes] | BaseHTTPResponse, most: int, where: str) -> Iterator[bytes]:
-    """At most `most` bytes of `source`; UnreachableError if they come too slowly."""
-    begin, count = time.monotonic(), 0
+def limited(source: IO[bytes] | BaseHTTPResponse, most: int) -> Iterator[bytes]:
+    """At most `most` bytes of `source`."""
+    count = 0
     while count < most:
         data = source.read1(min(_CHUNK_BYTES, most - count))  # type: ignore[union-attr]
         if not data:
             return
         count += len(data)
         yield data
-        if is_too_slow(begin, count):
-            message = f"{where} came too slowly: {count} bytes in {time.monotonic() - begin:.0f} s"
-            raise UnreachableError(message, "try again later")

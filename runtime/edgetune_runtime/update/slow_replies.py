@@ -12,12 +12,6 @@ _GRACE_S, _SLOWEST_BYTES_PER_S = 60.0, 1000
 """A server that sends less content than this on average has failed after the grace."""
 
 
-def is_too_slow(begin: float, count: int) -> bool:
-    """Whether a server that has sent so many bytes of content since `begin` has failed."""
-    elapsed_s = time.monotonic() - begin
-    return elapsed_s > _GRACE_S and count < elapsed_s * _SLOWEST_BYTES_PER_S
-
-
 class _Received(io.RawIOBase):
     """All bytes of a reply; OSError if its content comes too slowly, of which `content_bytes` have been read.
 
@@ -35,8 +29,9 @@ class _Received(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - any buffer
         """Receive some bytes."""
         count = self._raw.readinto(buffer)
-        if is_too_slow(self._begin, self.content_bytes):
-            raise OSError(f"it came too slowly: {self.content_bytes} bytes in {time.monotonic() - self._begin:.0f} s")
+        elapsed_s = time.monotonic() - self._begin
+        if elapsed_s > _GRACE_S and self.content_bytes < elapsed_s * _SLOWEST_BYTES_PER_S:
+            raise OSError(f"it came too slowly: {self.content_bytes} bytes in {elapsed_s:.0f} s")
         return count
 
     def close(self) -> None:

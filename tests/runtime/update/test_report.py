@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.cli import main
-from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
+from edgetune_runtime.errors import BusyError, UsageError, VerificationError
 from edgetune_runtime.store.durable import installing
 from edgetune_runtime.update import slow_replies
 from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, checked_address, parse_report
@@ -153,10 +153,10 @@ def test_a_server_that_answers_a_report_too_slowly_is_left(
     publisher("one")
     with receiving() as (url, _):
         assert update(prefix, "--repo", publisher.repo, "--root", publisher.root, "--report", url) == 0
-        # Too slow is now everybody, the repository too; that is reported.
+        # Too slow is now everybody who is asked over HTTP.
         monkeypatch.setattr(slow_replies, "_GRACE_S", -1.0)
         monkeypatch.setattr(slow_replies, "_SLOWEST_BYTES_PER_S", 10**9)
-        assert update(prefix) == UnreachableError.exit_code
+        assert update(prefix) == 0
     assert "the report was not sent: it came too slowly" in capsys.readouterr().err
 
 
