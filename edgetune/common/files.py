@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.bundle import FileEntry, sha256_of
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.atomic import flush_to_disk, replacing
 
 
 def expanded(path: str) -> Path:
@@ -24,6 +26,23 @@ def write_file(path: Path, data: str | bytes, *, is_private: bool = False) -> No
     with replacing(path) as temporary:
         temporary.touch(0o600 if is_private else 0o666)
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def is_whole(path: Path, entry: FileEntry) -> bool:
+    """Whether a file is there, undamaged."""
+    return path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256
+
+
+def put_whole(path: Path, entry: FileEntry, source: Path | bytes) -> None:
+    """Make `path` a copy of `source`, on disk when this returns; VerificationError if that has another digest."""
+    with replacing(path) as temporary:
+        if isinstance(source, bytes):
+            temporary.write_bytes(source)
+        else:
+            shutil.copyfile(source, temporary)
+        if sha256_of(temporary) != entry.sha256:
+            raise VerificationError(f"{source!s} was changed while it was copied", "run the command again")
+    flush_to_disk(path.parent)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

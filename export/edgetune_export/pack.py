@@ -13,11 +13,10 @@ from pathlib import Path, PurePosixPath
 from edgetune_runtime.bundle import (
     MANIFEST_NAME,
     STATES_FOLDER,
-    FileEntry,
     Manifest,
+    entry_of,
     parse_manifest,
     read_manifest,
-    sha256_of,
 )
 from edgetune_runtime.bundle.lock import locked
 from edgetune_runtime.bundle.signatures import unlisted
@@ -147,7 +146,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write and check the manifest of the files in `folder`, with the digests of those that it does not list yet."""
     files = dict(manifest.files)
     for name in sorted(files_below(folder) - {*files, MANIFEST_NAME}):
-        files[name] = FileEntry(sha256_of(folder / name), (folder / name).stat().st_size)
+        files[name] = entry_of(folder / name)
     (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
     return read_manifest(folder)
 

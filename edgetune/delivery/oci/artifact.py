@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, entry_of
 from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.update.release import file_entry
@@ -65,11 +64,6 @@ def referrer_manifest(
     layers = [{**descriptor(_FILE_TYPE, entry), "annotations": {_TITLE: path}} for path, entry in files.items()]
     own = _manifest(kind, descriptor(_EMPTY_TYPE, entry_of(EMPTY_CONFIG)), layers)
     return _json({**own, "subject": descriptor(MANIFEST_TYPE, subject), "annotations": annotations})
-
-
-def entry_of(data: bytes) -> FileEntry:
-    """The digest and the size of bytes that are a file of an artifact."""
-    return FileEntry(hashlib.sha256(data).hexdigest(), len(data))
 
 
 def _manifest(kind: str, config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

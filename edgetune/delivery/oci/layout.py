@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import FileEntry, sha256_of
+from edgetune_runtime.bundle import FileEntry, entry_of
 from edgetune_runtime.errors import NotFoundError, VerificationError
-from edgetune_runtime.formats.atomic import flush_to_disk, replacing
+from edgetune_runtime.formats.atomic import flush_to_disk
 from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.update.fetch import limited
 from edgetune_runtime.wording import first_of
 from filelock import FileLock
 
-from edgetune.common.files import write_file
+from edgetune.common.files import is_whole, put_whole, write_file
 
 from .artifact import (
     DIGEST,
@@ -24,7 +23,6 @@ from .artifact import (
     MOST_ARTIFACT_MANIFEST_BYTES,
     described_entry,
     descriptor,
-    entry_of,
     index_of,
 )
 from .reference import Reference
@@ -47,20 +45,11 @@ class ImageLayout:
 
     def has_blob(self, entry: FileEntry) -> bool:
         """Whether the layout has this file, undamaged."""
-        path = self._blob(entry.sha256)
-        return path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256
+        return is_whole(self._blob(entry.sha256), entry)
 
     def put_blob(self, entry: FileEntry, source: Path | bytes) -> None:
         """Add a file; VerificationError if its digest is another one."""
-        path = self._blob(entry.sha256)
-        with replacing(path) as temporary:
-            if isinstance(source, bytes):
-                temporary.write_bytes(source)
-            else:
-                shutil.copyfile(source, temporary)
-            if sha256_of(temporary) != entry.sha256:
-                raise VerificationError(f"{source!s} was changed while it was copied", "push again")
-        flush_to_disk(path.parent)
+        put_whole(self._blob(entry.sha256), entry, source)
 
     def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
         """The bytes of a file from an offset on, at most its size; NotFoundError if there is none."""

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import FileEntry
+from edgetune_runtime.bundle import FileEntry, entry_of
 from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.update.fetch import Location
@@ -34,7 +34,6 @@ from .artifact import (
     MANIFEST_TYPE,
     described_entry,
     descriptor,
-    entry_of,
     index_of,
     layers_of,
     referrer_manifest,

@@ -17,9 +17,9 @@ from edgetune_runtime.bundle import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
+    entry_of,
     read_manifest,
     resolve,
-    sha256_of,
     verify_files,
     with_present_formats,
 )
@@ -45,7 +45,7 @@ from edgetune.common.files import link_or_copy
 from edgetune.common.progress import Progress
 
 from . import release_metadata
-from .artifact import artifact_manifest, config_of, entry_of, parse_artifact
+from .artifact import artifact_manifest, config_of, parse_artifact
 from .artifact_store import ArtifactStore, checked_manifest
 from .layout import ImageLayout
 from .login import credentials_for
@@ -97,7 +97,7 @@ def push(
     verify_files(bundle, manifest)
     others = unlisted_in(bundle)
     sources = {name: resolve(bundle, name) for name in (*manifest.files, *others)}
-    files = {**manifest.files, **{name: _entry(sources[name]) for name in others}}
+    files = {**manifest.files, **{name: entry_of(sources[name]) for name in others}}
     metadata = None if repo is None else release_metadata.read_metadata(repo, channel, manifest.name, files)
     config = config_of(manifest, files)
     blobs: dict[FileEntry, Path | bytes] = {entry: sources[name] for name, entry in files.items()}
@@ -205,7 +205,3 @@ def _place(received: Store, files: Mapping[str, FileEntry], folder: Path) -> Non
     """Give received files their paths in a bundle."""
     for name, entry in files.items():
         link_or_copy(received.path(entry.sha256), folder / name)
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(sha256_of(path), path.stat().st_size)

@@ -10,11 +10,10 @@ from typing import Any
 
 from edgetune_runtime.bundle import (
     MANIFEST_NAME,
-    FileEntry,
+    entry_of,
     parse_manifest,
     read_manifest,
     resolve,
-    sha256_of,
     verify_files,
 )
 from edgetune_runtime.bundle.parts import parts_in
@@ -104,7 +103,7 @@ def publish(
         # Those that were verified: a file may have been changed since.
         files = dict(manifest.files)
         for name in (MANIFEST_NAME, signature.name):
-            files[name] = FileEntry(sha256_of(sources[name]), sources[name].stat().st_size)
+            files[name] = entry_of(sources[name])
         releases = repository.releases(manifest.name)
         newest = max((target.custom["version"] for target in releases.values()), default=0)
         # Of those that all adapters share, and each changed adapter changes.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from edgetune_runtime.bundle import FileEntry, sha256_of
+from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import UsageError, VerificationError
-from edgetune_runtime.formats.atomic import flush_to_disk, replacing
+from edgetune_runtime.formats.atomic import flush_to_disk
 from edgetune_runtime.update.pieces import FOLDER as PIECES_FOLDER
 from edgetune_runtime.update.pieces import Piece, cut
 from edgetune_runtime.update.release import (
@@ -41,7 +40,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
-from edgetune.common.files import write_file
+from edgetune.common.files import is_whole, put_whole, write_file
 
 from .external_keys import signing
 from .key_folder import OF_ONE_BUNDLE, KeyFolder, missing_keys
@@ -115,13 +114,9 @@ class Repository:
     def put_blob(self, source: Path, entry: FileEntry) -> bool:
         """Copy a file of a bundle, unless it is there; whether it was copied."""
         blob = self.folder / BLOBS_FOLDER / entry.sha256
-        if blob.is_file() and blob.stat().st_size == entry.bytes and sha256_of(blob) == entry.sha256:
+        if is_whole(blob, entry):
             return False
-        with replacing(blob) as temporary:
-            shutil.copyfile(source, temporary)
-            if sha256_of(temporary) != entry.sha256:
-                raise VerificationError(f"{source} was changed while it was published", "publish again")
-        flush_to_disk(blob.parent)
+        put_whole(blob, entry, source)
         return True
 
     def put_pieces(self, text: bytes) -> tuple[Piece, ...]:

@@ -8,6 +8,7 @@ from .files import (
     VerifiedFiles,
     bytes_of_model,
     digest_of_model,
+    entry_of,
     files_beside,
     files_of,
     files_of_format,
@@ -56,7 +57,7 @@ __all__ = [
     "ASK", "AUTO", "BASE", "CLASSIFICATION", "CLASSIFY", "DEFER", "ERROR", "GENERATE", "GENERATION",
     "LONGEST_MANIFEST", "MANIFEST_NAME", "MARK", "ROUTER_WORDS", "SCHEMA_VERSION", "STATES_FOLDER", "TASKS",
     "AdapterEntry", "BaseEntry", "ConfidenceCurve", "FileEntry", "GoldenAnswer", "Manifest", "NewAdapter", "RoutedCall",
-    "RouterEntry", "Scope", "UnsureRule", "VerifiedFiles", "bytes_of_model", "digest_of_model", "files_beside",
-    "files_of", "files_of_format", "of_formats", "parse_manifest", "pinned", "read_manifest", "resolve", "sha256_of",
-    "unchanged", "verify_files", "with_present_formats", "without_adapter",
+    "RouterEntry", "Scope", "UnsureRule", "VerifiedFiles", "bytes_of_model", "digest_of_model", "entry_of",
+    "files_beside", "files_of", "files_of_format", "of_formats", "parse_manifest", "pinned", "read_manifest", "resolve",
+    "sha256_of", "unchanged", "verify_files", "with_present_formats", "without_adapter",
 ]  # fmt: skip

@@ -208,5 +208,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def entry_of(source: Path | bytes) -> FileEntry:
+    """Digest and size of a file, or of the bytes of one."""
+    if isinstance(source, bytes):
+        return FileEntry(hashlib.sha256(source).hexdigest(), len(source))
+    return FileEntry(sha256_of(source), source.stat().st_size)
+
+
 def _parts_of_model(files: Mapping[str, FileEntry], name: str) -> list[FileEntry]:
     return [files[part] for part in (name, f"{name}.data") if part in files]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
+from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry, entry_of
 from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.bundle.parts import LONGEST_PART, MOST_VERSION, Part, identity, parse_part, part_path
 from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
@@ -138,8 +137,7 @@ def with_parts(release: Release, parts: Iterable[ReleasedPart]) -> Release:
     """The release with parts and their files, beside those that the bundle's owner has released."""
     files = dict(release.files)
     for each in parts:
-        text = FileEntry(hashlib.sha256(each.data).hexdigest(), len(each.data))
-        files |= {**each.part.files, part_path(each.part.adapter.name): text}
+        files |= {**each.part.files, part_path(each.part.adapter.name): entry_of(each.data)}
     return replace(release, files=files)
 
 
