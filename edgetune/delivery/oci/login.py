@@ -7,15 +7,15 @@ import json
 import os
 import re
 import subprocess
-import sys
 import urllib.parse
 from dataclasses import dataclass
-from getpass import getpass
 from pathlib import Path
 
 from edgetune_runtime.errors import UnreachableError, UsageError
 from edgetune_runtime.update.fetch import limited
 from edgetune_runtime.update.http_client import HttpClient
+
+from edgetune.common.secret import secret_of_user
 
 PASSWORD = "EDGETUNE_REGISTRY_PASSWORD"
 _MOST_TOKEN_BYTES = 1 << 20
@@ -42,12 +42,8 @@ def credentials_for(host: str, username: str | None) -> Credentials | None:
     """
     if username is None:
         return _of_docker(host)
-    password = os.environ.get(PASSWORD)
-    if password is None and not sys.stdin.isatty():
-        raise UsageError(
-            f"--username {username} needs a password, and nobody is there to ask for it", f"set {PASSWORD}"
-        )
-    return Credentials(username, getpass(f"Password of {username}: ") if password is None else password)
+    need = f"--username {username} needs a password"
+    return Credentials(username, secret_of_user(PASSWORD, f"Password of {username}: ", need))
 
 
 def answer(challenge: str, credentials: Credentials | None, api: str, http: HttpClient) -> str:

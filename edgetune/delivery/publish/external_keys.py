@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from getpass import getpass
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -16,6 +13,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.wording import shortened
 from securesystemslib.signer import Key, Signer, SSlibKey
+
+from edgetune.common.secret import secret_of_user
 
 PIN = "EDGETUNE_KEYS_PIN"
 _TRIAL = b"edgetune trial\n"
@@ -49,7 +48,7 @@ def external_key(uri: str | None, public_key: Path) -> ExternalKey:
 def open_external(uri: str, key: Key) -> Signer:
     """What signs with the private key of a URI; UsageError if its library is missing."""
     with signing(uri):
-        return Signer.from_priv_key_uri(uri, key, _secret_of_user)
+        return Signer.from_priv_key_uri(uri, key, _pin_of_user)
 
 
 @contextmanager
@@ -67,9 +66,6 @@ def signing(holder: str) -> Iterator[None]:
 
 
 @cache
-def _secret_of_user(secret: str) -> str:
+def _pin_of_user(secret: str) -> str:
     """The PIN of a token: in the environment, or else asked for once."""
-    pin = os.environ.get(PIN)
-    if pin is None and not sys.stdin.isatty():
-        raise UsageError(f"the keys have a {secret}, and nobody is there to ask for it", f"set {PIN}")
-    return getpass(f"The {secret} of the keys: ") if pin is None else pin
+    return secret_of_user(PIN, f"The {secret} of the keys: ", f"the keys have a {secret}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable
 from functools import cache
 from getpass import getpass
@@ -23,6 +22,7 @@ from securesystemslib.exceptions import Error as SigningError
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
 from edgetune.common.files import write_file
+from edgetune.common.secret import secret_of_user
 
 from .external_keys import ExternalKey, open_external
 
@@ -47,10 +47,7 @@ def passphrase_of_user(folder: Path) -> Passphrase:
 
     @cache
     def ask() -> str:
-        passphrase = os.environ.get(PASSPHRASE)
-        if passphrase is None and not sys.stdin.isatty():
-            raise UsageError("the keys have a passphrase, and nobody is there to ask for it", f"set {PASSPHRASE}")
-        passphrase = getpass("Passphrase of the keys: ") if passphrase is None else passphrase
+        passphrase = secret_of_user(PASSPHRASE, "Passphrase of the keys: ", "the keys have a passphrase")
         if is_new and len(passphrase) < _MIN_CHARACTERS:
             message = f"the passphrase has {len(passphrase)} characters"
             raise UsageError(message, f"use {_MIN_CHARACTERS} or more")

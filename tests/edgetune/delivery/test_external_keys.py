@@ -139,7 +139,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm.conf"))
     monkeypatch.setenv("PYKCS11LIB", str(LIBRARY))
     monkeypatch.setenv(PIN, "1234")
-    external_keys._secret_of_user.cache_clear()
+    external_keys._pin_of_user.cache_clear()
     assert SOFTHSM is not None
     words = [SOFTHSM, "--init-token", "--free", "--label", "edgetune", "--pin", "1234", "--so-pin", "5678"]
     subprocess.run(words, check=True, capture_output=True)
@@ -173,7 +173,7 @@ def test_a_token_signs_a_repository(
     words = ["publish", str(write_bundle(publisher.bundle, "two")), "--repo", str(publisher.repo), "--keys", keys]
     assert main([*words, "--json", "--quiet"]) == 0
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 2
-    external_keys._secret_of_user.cache_clear()
+    external_keys._pin_of_user.cache_clear()
     monkeypatch.setenv(PIN, "wrong")
     write_bundle(publisher.bundle, "three")
     capsys.readouterr()
