@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -51,24 +51,35 @@ def pack(
     `out` is then unchanged.
     """
     check_destination(out)
-    with raising_out_of_space(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        clean_up(out)
+    with folder_beside(out) as temporary:
         staged = _staged_files(work)
         require_space(out, _MARGIN_BYTES + sum(path.stat().st_size for path in staged.values()))
-        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-        try:
-            filled = _fill(temporary, staged, manifest)
+        filled = _fill(temporary, staged, manifest)
+        check(filled)
+        for step in steps:
+            filled = _write_manifest(temporary, step(temporary, filled))
+        flush_tree(temporary)
+        with locked(out):
             check(filled)
-            for step in steps:
-                filled = _write_manifest(temporary, step(temporary, filled))
-            flush_tree(temporary)
-            with locked(out):
-                check(filled)
-                swap_in(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            swap_in(temporary, out)
     return out
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` for a block that then swaps it in; it is deleted if the block fails.
+
+    First deletes what killed processes have left. OutOfSpaceError if the disk is full.
+    """
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        with raising_out_of_space(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _clean_up(out)
+            temporary.mkdir()
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_destination(out: Path) -> None:
@@ -85,19 +96,20 @@ def check_destination(out: Path) -> None:
     if out.is_symlink() or not out.is_dir():
         raise UsageError(f"{out} is not a folder", "choose another --out")
     check_not_current(out)
-    existing = files_below(out)
-    if not existing and not any(out.iterdir()):
+    if not any(out.iterdir()):
         return
+    require_own_files(out, "bundle", _files_of_bundle)
+
+
+def require_own_files(out: Path, kind: str, own_files: Callable[[Path], Collection[str]]) -> None:
+    """UsageError if a folder has other files than its own: those that it has as one of this kind, a bundle or a kit."""
     try:
-        listed = {*read_manifest(out).files, *unlisted(existing)}
-        # Also the files of adapters that parts are in place of.
-        listed |= {*parse_manifest((out / MANIFEST_NAME).read_bytes(), out / MANIFEST_NAME).files}
+        foreign = sorted(files_below(out) - {*own_files(out)})
     except EdgetuneError as error:
         remedy = "choose another --out, or delete that folder first"
-        raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error
-    foreign = sorted(name for name in existing - listed if not _may_be_left_over(name, listed))
+        raise UsageError(f"{out} exists and is not a {kind} of this version", remedy) from error
     if foreign:
-        message = f"{out} contains files that are not part of the bundle, such as {foreign[0]}"
+        message = f"{out} contains files that are not part of the {kind}, such as {foreign[0]}"
         raise UsageError(message, "move them away or choose another --out")
 
 
@@ -107,6 +119,14 @@ def check_not_current(out: Path) -> None:
         if out.resolve() in (Path.cwd(), *Path.cwd().parents):
             message = f"{out} is the folder that you are in, or one above it, and would be replaced"
             raise UsageError(message, "run this in another folder, or choose another --out")
+
+
+def _files_of_bundle(out: Path) -> set[str]:
+    existing = files_below(out)
+    listed = {*read_manifest(out).files, *unlisted(existing)}
+    # Also the files of adapters that parts are in place of.
+    listed |= {*parse_manifest((out / MANIFEST_NAME).read_bytes(), out / MANIFEST_NAME).files}
+    return listed | {name for name in existing if _may_be_left_over(name, listed)}
 
 
 def _may_be_left_over(name: str, listed: Collection[str]) -> bool:
@@ -132,8 +152,6 @@ def files_below(folder: Path, prefix: str = "") -> set[str]:
 
 
 def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> Manifest:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     for name, source in staged.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +169,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return read_manifest(folder)
 
 
-def clean_up(out: Path) -> None:
+def _clean_up(out: Path) -> None:
     """Delete what killed processes have left of `out` beside it, and restore a folder that one of them had renamed."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.(?P<kind>tmp|old)-(?P<process>\d+)")
     for path in list(out.parent.iterdir()):

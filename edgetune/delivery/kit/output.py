@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from edgetune_export.pack import check_not_current, clean_up, files_below
+from edgetune_export.pack import check_not_current, folder_beside, require_own_files
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import EdgetuneError, UsageError
-from edgetune_runtime.formats.atomic import raising_out_of_space, replacing, swap_in
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.atomic import replacing, swap_in
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit
 
 Contents = Mapping[str, Path | bytes]
@@ -60,15 +59,7 @@ def check_destination(out: Path) -> None:
     check_not_current(out)
     if is_tar(out) or not out.exists() or not any(out.iterdir()):
         return
-    try:
-        listed = {KIT_NAME, SUMS_NAME, *(file.path for file in read_kit(out).files)}
-    except EdgetuneError as error:
-        remedy = "choose another --out, or delete that folder first"
-        raise UsageError(f"{out} exists and is not a kit of this version", remedy) from error
-    foreign = sorted(files_below(out) - listed)
-    if foreign:
-        message = f"{out} contains files that are not part of the kit, such as {foreign[0]}"
-        raise UsageError(message, "move them away or choose another --out")
+    require_own_files(out, "kit", lambda kit: {KIT_NAME, SUMS_NAME, *(file.path for file in read_kit(kit).files)})
 
 
 def is_tar(out: Path) -> bool:
@@ -85,15 +76,9 @@ def write(contents: Contents, out: Path, top: str) -> None:
         with replacing(out) as temporary:
             _write_tar(contents, temporary, top)
         return
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    clean_up(out)
-    try:
-        with raising_out_of_space(out):
-            _write_folder(contents, temporary)
+    with folder_beside(out) as temporary:
+        _write_folder(contents, temporary)
         swap_in(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_folder(contents: Contents, folder: Path) -> None:
