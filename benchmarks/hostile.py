@@ -1,12 +1,11 @@
-"""Attack a bundle's server, and open hostile copies of the bundle: does another client get its answer, does it live on?
+"""Attack a bundle's server: does another client get its answer, does the server live on?
 
     edgetune build examples/smart-home/quick.yaml --out build/smart-home
     python benchmarks/hostile.py build/smart-home --json build/hostile.json
     python benchmarks/hostile.py build/smart-home --only references --only split
 
 Each attack gets a server of its own with short limits, and while it runs, another client with an address of its own
-asks a short question and for the server's health. Each hostile file is opened by `edgetune-run` in a copy of the
-bundle. The exit code is 1 if any attack misses a target.
+asks a short question and for the server's health. The exit code is 1 if any attack misses a target.
 """
 
 from __future__ import annotations
@@ -29,14 +28,7 @@ from typing import Any
 
 from edgetune_runtime.bundle import read_manifest
 
-from benchmarks import (
-    hostile_bundles,
-    hostile_connections,
-    hostile_files,
-    hostile_host,
-    hostile_requests,
-    hostile_schemas,
-)
+from benchmarks import hostile_connections, hostile_requests, hostile_schemas
 from benchmarks.hostile_attack import WRONG, Attack, Replies
 from benchmarks.hostile_server import Names, OtherClient, Server, attacked_server
 
@@ -53,7 +45,6 @@ BODY_BYTES = 2000
 SETTLE_S = 1.0
 """After an attack, in which the other client still asks, and memory comes back."""
 
-FILES = [*hostile_bundles.ATTACKS, *hostile_host.ATTACKS]
 ATTACKS = [*hostile_schemas.ATTACKS, *hostile_requests.ATTACKS, *hostile_connections.ATTACKS]
 
 
@@ -90,11 +81,10 @@ def main() -> int:
     # So that a server does not outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     attacks = [attack for attack in ATTACKS if _is_chosen(attack, options)]
-    files = [attack for attack in FILES if _is_chosen(attack, options)]
     if options.list:
-        print("\n".join(f"{attack.item:3} {attack.name:26} {attack.does}" for attack in [*attacks, *files]))
+        print("\n".join(f"{attack.item:3} {attack.name:26} {attack.does}" for attack in attacks))
         return 0
-    if not attacks and not files:
+    if not attacks:
         parser.error(f"no attack {', '.join(options.only or options.item)}; see --list")
     manifest = read_manifest(options.bundle)
     names = Names(manifest.name, tuple(manifest.adapters))
@@ -102,13 +92,12 @@ def main() -> int:
     for attack in attacks:
         results.append(measure(attack, options.bundle, names, options.engine))
         progress(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}")
-    opened = hostile_files.run_all(options.bundle, files, GROWTH_MB) if files else []
     if options.json:
-        figures = {"requests": [asdict(result) for result in results], "files": [asdict(result) for result in opened]}
-        text = json.dumps({"machine": this_machine(), **figures}, indent=1)
+        figures = {"machine": this_machine(), "requests": [asdict(result) for result in results]}
+        text = json.dumps(figures, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
-    print(table(results, opened))
-    return int(any(result.missed for result in [*results, *opened]))
+    print(table(results))
+    return int(any(result.missed for result in results))
 
 
 def measure(attack: Attack, bundle: Path, names: Names, engine: str) -> Result:
@@ -165,9 +154,9 @@ def missed(replies: Replies, other: OtherClient, server: Server, before_mb: floa
     return [what for what, is_missed in checks.items() if is_missed]
 
 
-def table(results: Sequence[Result], opened: Sequence[hostile_files.FileResult]) -> str:
+def table(results: Sequence[Result]) -> str:
     """The figures as Markdown."""
-    requests = {
+    columns = {
         "item": "{item}",
         "attack": "{does}",
         "attacker": "{statuses}",
@@ -176,31 +165,16 @@ def table(results: Sequence[Result], opened: Sequence[hostile_files.FileResult])
         "before, after, peak MB": "{before_mb:.0f}, {after_mb:.0f}, {peak_mb:.0f}",
         "missed": "{missed}",
     }
-    files = {
-        "item": "{item}",
-        "file": "{does}",
-        "exit code": "{code}",
-        "s": "{seconds:.1f}",
-        "peak MB": "{peak_mb:.0f}",
-        "error": "{error:.90}",
-        "missed": "{missed}",
-    }
-    parts = []
-    for figures, columns in ((results, requests), (opened, files)):
-        if figures:
-            parts.append(markdown([_row(result) for result in figures], columns))
-    failed = sum(bool(result.missed) for result in [*results, *opened])
-    return "\n".join([*parts, f"{failed} of {len(results) + len(opened)} attacks miss a target"])
+    failed = sum(bool(result.missed) for result in results)
+    return f"{markdown(map(_row, results), columns)}\n{failed} of {len(results)} attacks miss a target"
 
 
-def _row(result: Result | hostile_files.FileResult) -> dict[str, Any]:
-    row = asdict(result) | {"missed": "; ".join(result.missed)}
-    if isinstance(result, Result):
-        row["statuses"] = ", ".join(f"{count} x {status}" for status, count in result.attacker.items())
-    return row
+def _row(result: Result) -> dict[str, Any]:
+    statuses = ", ".join(f"{count} x {status}" for status, count in result.attacker.items())
+    return asdict(result) | {"missed": "; ".join(result.missed), "statuses": statuses}
 
 
-def _is_chosen(attack: Any, options: argparse.Namespace) -> bool:  # noqa: ANN401 - an attack of either kind
+def _is_chosen(attack: Attack, options: argparse.Namespace) -> bool:
     if options.only or options.item:
         return attack.name in (options.only or ()) or attack.item in (options.item or ())
     return True

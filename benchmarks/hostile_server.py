@@ -202,7 +202,7 @@ def attacked_server(
 ) -> Iterator[Server]:
     """A server for the bundle with short limits, which has answered a question of each kind once."""
     environment = {"EDGETUNE_CACHE": str(work / "states")}
-    limit, ends = partial(limit_process, memory_mb=MEMORY_MB, open_files=open_files), threading.Event()
+    limit, ends = partial(_limit_process, open_files=open_files), threading.Event()
     with (
         (work / "server.log").open("w") as log,
         serving(bundle, [*OPTIONS, *options], environment=environment, log=log, limit=limit) as started,
@@ -216,12 +216,11 @@ def attacked_server(
             ends.set()
 
 
-def limit_process(pid: int, memory_mb: int, open_files: int | None = None) -> None:
+def _limit_process(pid: int, open_files: int) -> None:
     """Limit the address space and the open files of a process that has just started, and of those that it starts."""
-    resource.prlimit(pid, resource.RLIMIT_AS, (memory_mb * 10**6,) * 2)
+    resource.prlimit(pid, resource.RLIMIT_AS, (MEMORY_MB * 10**6,) * 2)
     resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
-    if open_files is not None:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_files, open_files))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_files, open_files))
 
 
 def _warm(target: Target) -> None:

@@ -1,4 +1,4 @@
-"""The corpus: files that once ended a process, hung or raised, as edits of a valid file, a JSON line each."""
+"""The corpus: files that once ended a process, hung or raised, or might, as edits of a valid file, a JSON line each."""
 
 from __future__ import annotations
 

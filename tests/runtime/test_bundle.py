@@ -124,6 +124,7 @@ def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, cop
         lambda raw: raw["files"].update({"..\\x": {"sha256": "", "bytes": 0}}),
         lambda raw: raw["files"].update({"base/\0": {"sha256": "", "bytes": 0}}),
         lambda raw: raw.update(name="home\x1b[2J"),
+        lambda raw: raw.update(name="\ud800"),
         lambda raw: raw["base"].update(name="base\x9b2J"),
         lambda raw: raw["adapters"]["tone"].update(name="tone\n"),
         lambda raw: raw["adapters"]["tone"].update(method="\u202elora"),
@@ -157,6 +158,10 @@ def test_a_flipped_bit_a_missing_byte_and_a_missing_file_are_found(copy: Path) -
     with pytest.raises(VerificationError, match="bytes"):
         verify_files(copy, manifest)
     path.unlink()
+    with pytest.raises(VerificationError, match="missing"):
+        verify_files(copy, manifest)
+    # Reading it would wait for a writer.
+    os.mkfifo(path)
     with pytest.raises(VerificationError, match="missing"):
         verify_files(copy, manifest)
 

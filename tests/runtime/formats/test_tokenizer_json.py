@@ -16,6 +16,7 @@ from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from tiny import make_encoder_folder
 
 SLOW = "(a+)+$"
+DOUBLE = {"type": "Replace", "pattern": {"Regex": "."}, "content": "aa"}
 
 
 def split(regex: str) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def split(regex: str) -> dict[str, Any]:
 OTHERS: list[tuple[str, object]] = [
     ("normalizer", {"type": "Nmt"}),
     ("normalizer", {"type": "Replace", "pattern": {"Regex": SLOW}, "content": ""}),
+    ("normalizer", {"type": "Sequence", "normalizers": [DOUBLE] * 64}),
     ("normalizer", {"type": "Lowercase", "more": 1}),
     ("normalizer", []),
     ("pre_tokenizer", split(SLOW)),
