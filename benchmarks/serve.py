@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,6 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, resolve
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for, render
-from ports import free_port
 
 from benchmarks.libraries import llama_server_params
 from edgetune.recipe.model import Recipe
@@ -262,7 +262,9 @@ def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, st
     base = resolve(bundle, manifest.base.files["gguf"])
     files = [resolve(bundle, entry.files["gguf"]) for entry in manifest.adapters.values()]
     params = llama_server_params(base, files, threads, CONTEXT * threads)
-    params.n_parallel, params.port, params.warmup = threads, free_port(), True
+    params.n_parallel, params.warmup = threads, True
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        params.port = free.getsockname()[1]
     server = xllamacpp.Server(params)
     template = GgufTokenizer(base).chat_template
     return lambda: (server.listening_address, template, os.getpid())

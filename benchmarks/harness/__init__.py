@@ -8,9 +8,5 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-_TESTS = str(BENCHMARKS.with_name("tests"))
 
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != BENCHMARKS]
-if _TESTS not in sys.path:
-    # Some benchmarks use the tests' boards and changes of files.
-    sys.path.append(_TESTS)
