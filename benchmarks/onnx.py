@@ -11,7 +11,7 @@ medians are compared. `share` is the decode speed with an adapter relative to th
 from __future__ import annotations
 
 from benchmarks.harness.benchmark import Benchmark, Result
-from benchmarks.harness.bundles import resolve_base
+from benchmarks.harness.bundles import Shape, resolve_base, write_base
 from benchmarks.harness.turns import in_turns
 from benchmarks.harness.worker import Worker
 
@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import onnxruntime_genai as og
 import torch
@@ -45,7 +44,7 @@ CONTEXT, PROMPT, STEPS = 512, 256, 24
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = {"all-linear": ALL, "q+v": ("q_proj", "v_proj")}
 # The sizes of Qwen2.5-0.5B, with SmolLM2's vocabulary.
-HALF = {"layers": 24, "hidden": 896, "inner": 4864, "heads": 14, "kv_heads": 2}
+HALF = Shape(896, 24, 14, 2, 4864)
 
 
 def main() -> None:
@@ -57,11 +56,12 @@ def main() -> None:
     figures: Result = {"rank": RANK}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = resolve_base(quantization="q4_0", work=work)
         for name in options.only:
+            source = name
             if name == "random-0.5b":
-                random_base(work / "half.gguf", base.path)
-                base = resolve_base(str(work / "half.gguf"), work=work)
+                source = str(work / "half")
+                write_base(work / "half", HALF)
+            base = resolve_base(source, quantization="q4_0", work=work)
             export(base, work / name, options.threads)
             figures[name] = measure(work / name, options.threads, options.rounds)
     BENCHMARK.report(options, figures)
@@ -158,51 +158,6 @@ def delta(random: np.random.Generator, columns: int, rows: int) -> Delta:
     """A random low-rank update, small enough to keep the activations in range."""
     a, b = random.normal(0, 0.02, (RANK, columns)), random.normal(0, 0.02, (rows, RANK))
     return Delta(a.astype(np.float32), b.astype(np.float32))
-
-
-def random_base(out: Path, vocabulary: Path) -> None:
-    """Write a 0.5B q4_0 base with random weights and the tokenizer of another GGUF file."""
-    other, layers, hidden = gguf.GGUFReader(vocabulary), HALF["layers"], HALF["hidden"]
-    head_size = hidden // HALF["heads"]
-    writer = gguf.GGUFWriter(out, "llama")
-    for key, field in other.fields.items():
-        if key.startswith("tokenizer."):
-            kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), kind, sub_type=inner)
-    writer.add_context_length(2048)
-    writer.add_block_count(layers)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(HALF["inner"])
-    writer.add_head_count(HALF["heads"])
-    writer.add_head_count_kv(HALF["kv_heads"])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base(1e5)
-    vocab_size = len(other.fields["tokenizer.ggml.tokens"].data)
-    kv = HALF["kv_heads"] * head_size
-    shapes = {"attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
-    shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (HALF["inner"], hidden), "ffn_up": (HALF["inner"], hidden)}
-    shapes["ffn_down"] = (hidden, HALF["inner"])
-    random = np.random.default_rng(0)
-    add_blocks(writer, random, "token_embd.weight", (vocab_size, hidden))
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    for layer in range(layers):
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
-        for name, shape in shapes.items():
-            add_blocks(writer, random, f"blk.{layer}.{name}.weight", shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def add_blocks(writer: gguf.GGUFWriter, random: np.random.Generator, name: str, shape: tuple[int, int]) -> None:
-    """Add a matrix of random q4_0 blocks; its weights have a standard deviation of about 0.02."""
-    rows, columns = shape
-    blocks = random.integers(0, 256, (rows, columns // 32, 18), np.uint8)
-    blocks[..., :2] = np.full((rows, columns // 32, 1), 0.0045, np.float16).view(np.uint8)
-    writer.add_tensor(name, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
 
 BENCHMARK = Benchmark(__file__, __doc__)

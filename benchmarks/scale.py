@@ -13,7 +13,7 @@ a memory cgroup of 1.25 times the peak of its training, without swap, which need
 from __future__ import annotations
 
 from benchmarks.harness.benchmark import Benchmark, Result, work_folder
-from benchmarks.harness.bundles import resolve_base
+from benchmarks.harness.bundles import Shape, write_base
 from benchmarks.harness.cgroup import memory_limit
 from benchmarks.harness.memory import family, status_mb
 from benchmarks.harness.plots import subplots
@@ -30,7 +30,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +53,6 @@ _BEGINNINGS = {
     "  bases of": "pack",
 }
 _SAMPLE_S = 0.02
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Hidden size, layers, query heads, key heads and intermediate size of a LLaMA model."""
-
-    width: int
-    layers: int
-    heads: int
-    key_heads: int
-    inner: int
-
-
 SIZES = {
     "135M": Shape(576, 30, 9, 3, 1536),
     "0.5B": Shape(1024, 30, 16, 4, 4096),
@@ -136,39 +122,6 @@ def build_one(folder: Path, row_tokens: int, steps: int) -> dict[str, Any]:
         except EdgetuneError as error:
             failed = {"failed": str(error)}
     return {**failed, "stages": stages.figures}
-
-
-def write_base(folder: Path, shape: Shape) -> int:
-    """Write a transformers folder with random f16 weights and SmolLM2's tokenizer; returns the number of parameters."""
-    import torch
-    from edgetune_export.backends.onnx.tokenizer import write_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    smollm = resolve_base()
-    metadata = smollm.header.metadata
-    config = LlamaConfig(
-        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        intermediate_size=shape.inner,
-        tie_word_embeddings=True,
-        max_position_embeddings=metadata["llama.context_length"],
-        rms_norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=metadata["llama.rope.freq_base"],
-        bos_token_id=metadata["tokenizer.ggml.bos_token_id"],
-        eos_token_id=metadata["tokenizer.ggml.eos_token_id"],
-        dtype="float16",
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    model = LlamaForCausalLM(config)
-    folder.mkdir(parents=True)
-    # About a shard per layer.
-    model.save_pretrained(folder, max_shard_size="150MB")
-    write_tokenizer(smollm.path, folder)
-    return int(model.num_parameters())
 
 
 def write_rows(out: Path, count: int, tokens: int) -> None:
