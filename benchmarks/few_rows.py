@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from benchmarks.harness.benchmark import Benchmark, Result, work_folder
 from benchmarks.harness.plots import subplots
-from benchmarks.harness.tables import markdown, progress
+from benchmarks.harness.runs import Run, Runs, score_table, summary
+from benchmarks.harness.tables import progress
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.few_rows_setups import DEFAULT_WAYS, DEVICES, TASKS, WAYS, adapter_of, make_devices, rows_of
@@ -29,7 +29,7 @@ from edgetune.tasks.evaluation import evaluate
 
 ROWS = (30, 100, 300, 1000)
 _FIGURES = ("steps", "shipped_step", "train_loss", "val_loss", "tokens")
-Run = dict[str, Any]
+KEYS = ("task", "rows", "way")
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class Draw:
 
     def __str__(self) -> str:
         return f"{self.task}, {self.rows} rows, seed {self.seed}"
-
-    def is_of(self, run: Run) -> bool:
-        """Whether the run was trained on these rows."""
-        return (run["task"], run["rows"], run["seed"]) == (self.task, self.rows, self.seed)
 
 
 def main() -> None:
@@ -60,13 +56,15 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="report the finished runs, train nothing")
     options = BENCHMARK.options(parser, rows=[12], seeds=1, test_rows=4)
     with work_folder(options) as work:
-        runs = list(_finished(work, options))
+        runs = Runs(work / "runs.jsonl")
         if not options.finished:
             for draw in _draws(options, work):
-                done = {run["way"] for run in runs if draw.is_of(run)}
-                runs += _run(draw, [way for way in options.ways if way not in done], options, work)
-        chosen = [run for run in runs if _is_chosen(run, options)]
-    BENCHMARK.report(options, {"summary": _summary(chosen), "runs": chosen})
+                done = {run["way"] for run in _finished(runs, options, **asdict(draw))}
+                if ways := [way for way in options.ways if way not in done]:
+                    runs.add(_measured(draw, ways, options, work))
+        chosen = [run for run in _finished(runs, options) if _is_chosen(run, options)]
+    lines = summary(sorted(chosen, key=itemgetter(*KEYS)), KEYS)
+    BENCHMARK.report(options, {"summary": lines, "runs": chosen})
 
 
 def _is_chosen(run: Run, options: argparse.Namespace) -> bool:
@@ -89,19 +87,13 @@ def _folder(task: str, options: argparse.Namespace, work: Path) -> Path:
     return Path(options.data / TASKS[task].folder)
 
 
-def _finished(work: Path, options: argparse.Namespace) -> Iterator[Run]:
+def _finished(runs: Runs, options: argparse.Namespace, **draw: object) -> list[Run]:
     """The finished runs on this base that were scored on as many rows, or more."""
-    file = work / "runs.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        run = json.loads(line)
-        if run["base"] == options.base and run["limit"] >= options.test_rows:
-            yield run
+    return [run for run in runs.of({"base": options.base, **draw}) if run["limit"] >= options.test_rows]
 
 
-def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Path) -> list[Run]:
-    """Build a bundle with an adapter per way and score them; the runs are added to the file."""
-    if not ways:
-        return []
+def _measured(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Path) -> Iterator[Run]:
+    """Build a bundle with an adapter per way and score them."""
     progress(f"{draw}: {', '.join(ways)}")
     task, folder, out = TASKS[draw.task], _folder(draw.task, options, work), work / draw.task / "bundle"
     common = adapter_of(task, folder, draw.rows, draw.seed, out.parent)
@@ -115,60 +107,30 @@ def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Pat
     from edgetune.building.pipeline import build  # after the options, as it takes seconds
 
     built = build(Recipe.from_dict(values), out, progress=Progress())
-    runs = []
     for way in ways:
         scored = evaluate(out, way, folder / task.test, limit=options.test_rows, progress=Progress())
         figures = {key: built.figures[way][key] for key in _FIGURES}
-        place = {"task": draw.task, "rows": draw.rows, "seed": draw.seed, "way": way}
-        place |= {"base": options.base, "limit": options.test_rows}
-        runs.append({**place, "score": scored.score, "metric": scored.metric, "test_rows": scored.rows, **figures})
-    with (work / "runs.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps(run)}\n" for run in runs)
-    return runs
+        place = {**asdict(draw), "way": way, "base": options.base, "limit": options.test_rows}
+        yield {**place, "score": scored.score, "metric": scored.metric, "test_rows": scored.rows, **figures}
 
 
 def _with_way(common: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     return {**common, **keys, "data": {**common["data"], **keys.get("data", {})}}
 
 
-def _summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the scores in percent, over the seeds."""
-    groups: dict[tuple[str, int, str], list[float]] = {}
-    for run in runs:
-        groups.setdefault((run["task"], run["rows"], run["way"]), []).append(100 * run["score"])
-    return [
-        {
-            "task": task,
-            "rows": rows,
-            "way": way,
-            "mean": round(fmean(scores), 2),
-            "sd": round(stdev(scores), 2) if len(scores) > 1 else None,
-            "seeds": len(scores),
-        }
-        for (task, rows, way), scores in sorted(groups.items())
-    ]
-
-
 def table(result: Result) -> str:
     """A line per task and number of rows, a column per way."""
-    ways = _in_order(line["way"] for line in result["summary"])
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in result["summary"]:
-        cell = f"{line['mean']:.1f}" + ("" if line["sd"] is None else f" ± {line['sd']:.1f}") + f" ({line['seeds']})"
-        key = (line["task"], line["rows"])
-        lines.setdefault(key, {"task": line["task"], "rows": line["rows"]})[line["way"]] = cell
-    about = "Score in percent of the test rows: mean ± standard deviation (seeds).\n\n"
-    return about + markdown(lines.values(), {"task": "{task}", "rows": "{rows}"} | {way: f"{{{way}}}" for way in ways})
+    return score_table(result["summary"], KEYS[:-1], _in_order(line["way"] for line in result["summary"]))
 
 
 def plot(result: Result, out: Path) -> None:
     """A learning curve per way with a band of one standard deviation, a panel per task."""
-    summary = result["summary"]
-    tasks = sorted({line["task"] for line in summary})
+    lines = result["summary"]
+    tasks = sorted({line["task"] for line in lines})
     with subplots(out, 1, max(1, len(tasks)), dpi=120, figsize=(4.2 * max(1, len(tasks)), 3.6), squeeze=False) as axes:
         for task, axis in zip(tasks, axes.flat, strict=True):
-            for way in _in_order(line["way"] for line in summary):
-                own = [line for line in summary if (line["task"], line["way"]) == (task, way)]
+            for way in _in_order(line["way"] for line in lines):
+                own = [line for line in lines if (line["task"], line["way"]) == (task, way)]
                 rows, means = [line["rows"] for line in own], [line["mean"] for line in own]
                 spread = [line["sd"] or 0 for line in own]
                 low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))

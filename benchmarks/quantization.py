@@ -18,15 +18,14 @@ from __future__ import annotations
 
 from benchmarks.harness.benchmark import Benchmark, Result, work_folder
 from benchmarks.harness.plots import subplots
-from benchmarks.harness.tables import markdown, progress
+from benchmarks.harness.runs import Run, Runs, score_table, summary
+from benchmarks.harness.tables import progress
 
 import argparse
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
@@ -43,7 +42,6 @@ KEYS = ("base", "task", "type", "engine")
 TARGET = "adapter"
 PANELS = 3
 """Panels in a row of the plot."""
-Run = dict[str, Any]
 
 
 def keys_of(way: str, quantization: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,27 +66,22 @@ def main() -> None:
     options = BENCHMARK.options(parser, rows=12, seeds=1, test_rows=4, epochs=1)
     with work_folder(options) as work:
         runs = list(_runs(options, work))
-    BENCHMARK.report(options, {"summary": _summary(runs), "runs": runs})
+    BENCHMARK.report(options, {"summary": summary(runs, (*KEYS, "way")), "runs": runs})
 
 
 def _runs(options: argparse.Namespace, work: Path) -> Iterator[Run]:
     """All runs, of which those that are not in the file are added to it."""
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "runs.jsonl"
-    finished = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    runs = Runs(work / "runs.jsonl")
     for seed, base, task, quantization, way in product(
         range(options.seeds), options.base, options.only, options.types, options.ways
     ):
         name = Path(base).stem if base.endswith(".gguf") else base
         place = {"base": name, "task": task, "type": quantization, "way": way, "seed": seed}
         place |= {key: getattr(options, key) for key in ("rows", "epochs", "test_rows")}
-        own = [run for run in finished if run.items() >= place.items()]
-        if not own:
+        if not runs.of(place):
             progress(f"{name}, {task}, {quantization}, {way}, seed {seed}")
-            own = [{**place, **run} for run in _measured(place, base, options, work)]
-            with file.open("a", encoding="utf-8") as out:
-                out.writelines(f"{json.dumps(run)}\n" for run in own)
-        yield from own
+            runs.add({**place, **run} for run in _measured(place, base, options, work))
+        yield from runs.of(place)
 
 
 def _measured(place: Run, base: str, options: argparse.Namespace, work: Path) -> list[Run]:
@@ -130,39 +123,9 @@ def _measured(place: Run, base: str, options: argparse.Namespace, work: Path) ->
     return runs
 
 
-def _summary(runs: Sequence[Run]) -> list[Run]:
-    """The scores over the seeds in percent, by base, task, type, engine and way; the reason of a refused build."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run[key] for key in (*KEYS, "way")), []).append(run)
-    lines = []
-    for place, own in groups.items():
-        scores = [100 * run["score"] for run in own if "score" in run]
-        lines.append(
-            {
-                **dict(zip((*KEYS, "way"), place, strict=True)),
-                "mean": round(fmean(scores), 2) if scores else None,
-                "sd": round(stdev(scores), 2) if len(scores) > 1 else None,
-                "seeds": len(scores),
-                "refused": next((run["refused"] for run in own if "refused" in run), ""),
-            }
-        )
-    return lines
-
-
 def table(result: Result) -> str:
     """A line per base, task, type and engine, a column per way."""
-    lines: dict[tuple[str, ...], dict[str, Any]] = {}
-    for item in result["summary"]:
-        key = tuple(item[name] for name in KEYS)
-        line = lines.setdefault(key, {**dict(zip(KEYS, key, strict=True)), **dict.fromkeys(WAYS, "")})
-        spread = "" if item["sd"] is None else f" ± {item['sd']:.1f}"
-        line[item["way"]] = "refused" if item["mean"] is None else f"{item['mean']:.1f}{spread} ({item['seeds']})"
-    about = (
-        "Score in percent of the test rows: mean ± standard deviation (seeds). A build refuses what parity refuses.\n\n"
-    )
-    columns = (*KEYS, *WAYS)
-    return about + markdown(lines.values(), {name: f"{{{name}}}" for name in columns})
+    return score_table(result["summary"], KEYS, WAYS) + "\nA build refuses what parity refuses.\n"
 
 
 def plot(result: Result, out: Path) -> None:
