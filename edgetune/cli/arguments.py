@@ -126,6 +126,13 @@ def check_not_read(out: Path, read: Iterable[str | Path], bundle: Path | None = 
         raise UsageError(f"{out} is inside the bundle {bundle}", "give a file beside it")
 
 
+def check_page(page: Path, bundle: Path | None = None) -> None:
+    """UsageError for a page that is no .html file, so that it replaces no file that is read, or is in the bundle."""
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{page} is not an .html file, and pages are written as HTML", "name it .html")
+    check_not_read(page, (), bundle)
+
+
 def check_rows_file(out: Path, read: Iterable[str | Path]) -> None:
     """UsageError for a file that rows cannot be written to: one that the command reads, or a table."""
     from edgetune.tasks.row_files import JSONL_SUFFIXES

@@ -14,7 +14,7 @@ from .arguments import (
     Quiet,
     RecipePath,
     Settings,
-    check_not_read,
+    check_page,
     check_rows_file,
     data_option,
     output_option,
@@ -90,13 +90,10 @@ def check(
     if weights and (out is None or minutes is None):
         raise UsageError("--weights needs an estimate of wrong answers, and a file", "add --minutes N --out FILE")
     tests = pairs_of(test or (), "--test", "NAME=FILE")
-    read = files_read(loaded, tests)
     if out is not None:
-        check_rows_file(out, read)
+        check_rows_file(out, files_read(loaded, tests))
     if page is not None:
-        check_not_read(page, read)
-    if out is not None and page is not None and out.resolve() == page.resolve():
-        raise UsageError(f"{out} is given as --out and as --page", "give two files")
+        check_page(page)
     checks = run(loaded, adapter=adapter, tests=tests, minutes=minutes, progress=Progress(quiet=quiet))
     if page is not None:
         write_file(page, page_of(loaded.name, checks))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from edgetune_runtime.errors import UsageError, VerificationError
 
-from .arguments import AsJson, BundlePath, Quiet, check_not_read, data_option, output_option, print_json
+from .arguments import AsJson, BundlePath, Quiet, check_not_read, check_page, data_option, output_option, print_json
 from .changes import print_changes
 
 if TYPE_CHECKING:
@@ -52,25 +52,26 @@ def learn(
     which are not learned. The new bundle is packed only if no adapter got worse on either by more than one standard
     error.
     """
-    from edgetune_runtime.answer_log.log import file_before
     from edgetune_runtime.bundle import read_manifest
 
     from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
     from edgetune.retraining.learning import questions as asking
-    from edgetune.retraining.learning.learn import current_logs, files_read, read_logs
+    from edgetune.retraining.learning.learn import current_logs, read_logs
     from edgetune.retraining.learning.learn import learn as run
     from edgetune.retraining.learning.page import page_of
 
     if questions is not None and not ask:
         raise UsageError("--questions is given without --ask", "say how many with --ask N")
+    if page is not None:
+        check_page(page, bundle)
+    if questions is not None:
+        check_not_read(questions, (), bundle)
+        # A user may have completed it.
+        if questions.exists():
+            raise UsageError(f"{questions} already exists", "give another file, or complete it and give it as --log")
     # Also with --quiet: what a user wrote would be lost in silence.
     entries, manifest = read_logs(bundle, log, Progress().say), read_manifest(bundle)
-    for written in filter(None, (page, questions)):
-        check_not_read(written, [*log, *map(file_before, log), *files_read(bundle, manifest, recipe)], bundle)
-    # A user may have completed it.
-    if questions is not None and questions.exists():
-        raise UsageError(f"{questions} already exists", "give another file, or complete it and give it as --log")
     chosen = asking.most_informative(entries, ask, manifest)
     if questions is not None:
         asking.write_questions(chosen, questions)

@@ -16,7 +16,7 @@ from .arguments import (
     Quiet,
     Settings,
     base_option,
-    check_not_read,
+    check_page,
     data_option,
     output_option,
     pairs_of,
@@ -81,13 +81,7 @@ def rebase(
     flags = {"base": base, "quantization": quantization}
     check_set_once(changes, {f"--{key}": [key] for key, value in flags.items() if value is not None})
     if page is not None:
-        from edgetune_runtime.bundle import read_manifest
-
-        from edgetune.retraining.rebasing.recipe import RecipeSource, recipe_for
-
-        source = RecipeSource(base, quantization, recipe, folder, changes)
-        read = recipe_for(bundle, read_manifest(bundle), source).files()
-        check_not_read(page, [*read, *tests.values()], bundle)
+        check_page(page, bundle)
     result = edgetune.rebase(
         bundle,
         base,

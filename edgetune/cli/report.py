@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import BundlePath, Quiet, check_not_read, data_option, output_option, pairs_of
+from .arguments import BundlePath, Quiet, check_page, data_option, output_option, pairs_of
 
 
 def report(
@@ -47,18 +47,15 @@ def report(
 
     from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
-    from edgetune.recipe.model import Recipe
     from edgetune.report.answers import score_adapters
     from edgetune.report.facts import facts_of, fits_of, scores_of
-    from edgetune.report.learning_curve import files_of_curve, learning_curve_of
+    from edgetune.report.learning_curve import learning_curve_of
     from edgetune.report.render import page
 
     manifest = read_manifest(bundle)
+    check_page(out, bundle)
     scored = pairs_of(scores or (), "--score", "NAME=FILE")
     files = pairs_of(data or (), "--data", "NAME=FILE")
-    curves = [file for folder in compared or () for file in files_of_curve(folder)]
-    rows = [] if recipe is None else Recipe.from_file(recipe).files()
-    check_not_read(out, [*scored.values(), *files.values(), *curves, *rows], bundle)
     results = scores_of((name, Path(file)) for name, file in scored.items())
     learning = list(map(learning_curve_of, compared or ()))
     for name in (*results, *files, *(curve.task for curve in learning)):

@@ -20,18 +20,12 @@ class LearningCurve:
     sentences: Sequence[str]
 
 
-def files_of_curve(folder: Path) -> tuple[Path, Path]:
-    """The scores and the picture that `edgetune compare --out` wrote to the folder."""
-    return folder / "compare.json", folder / "rows.png"
-
-
 def learning_curve_of(folder: Path) -> LearningCurve:
     """The curve in the folder that `edgetune compare --out` wrote; UsageError if there is none."""
-    scores, picture_file = files_of_curve(folder)
     try:
-        compared = json.loads(scores.read_text(encoding="utf-8"))
+        compared = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
         task, sentences = str(compared["task"]), [str(sentence) for sentence in compared["more_rows"]]
-        picture = base64.b64encode(picture_file.read_bytes()).decode("ascii") if sentences else ""
+        picture = base64.b64encode((folder / "rows.png").read_bytes()).decode("ascii") if sentences else ""
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise _no_curve(folder, f": {error}") from error
     if not sentences:

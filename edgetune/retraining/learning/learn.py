@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
 from edgetune_runtime.answer_log.log import file_before
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
+from edgetune_runtime.errors import NotFoundError, UsageError
 
 from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
@@ -90,19 +89,6 @@ def current_logs(logs: Sequence[Path]) -> list[Path]:
     """The logs without the files before them, which are read with them, as their corrections are older."""
     before = {file_before(log).resolve() for log in logs}
     return [log for log in logs if log.resolve() not in before]
-
-
-def files_read(bundle: Path, manifest: Manifest, recipe: Path | None) -> list[str]:
-    """The recipe with the old rows, by default any that is beside the bundle, and the files that it names."""
-    if recipe is not None:
-        return Recipe.from_file(recipe).files()
-    files = list[str]()
-    for name in manifest.adapters:
-        # Learning says what is wrong with a recipe; questions need none.
-        with suppress(EdgetuneError):
-            beside = recipe_beside(bundle, [name])
-            files += [] if beside is None else beside.files()
-    return files
 
 
 def learn(

@@ -153,26 +153,21 @@ def test_an_invalid_score_file_is_a_one_line_error(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "tasks/one.yaml", "rows.jsonl", "lab.csv", "score.json", "rows.png"])
 def test_a_report_takes_no_place_of_a_file_that_it_reads(
-    name: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path, "base.gguf", {"from": "tasks/*.yaml"}, data={"rows.jsonl": lights(3)})
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/one.yaml").write_text("data: {train: ../rows.jsonl}\n")
-    options = ["--data", f"task={tmp_path / 'lab.csv'}", "--score", f"task={tmp_path / 'score.json'}"]
-    options += ["--compare", str(tmp_path), "--recipe", str(recipe)]
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    assert main(["report", str(bundle), *options, "--out", str(tmp_path / name)]) == 2
-    assert f"{name} is a file that this command reads; write to another file" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    rows = write_rows(tmp_path / "rows.jsonl", lights(3))
+    before = rows.read_bytes()
+    assert main(["report", str(bundle), "--data", f"task={rows}", "--out", str(rows)]) == 2
+    message = f"{rows} is not an .html file, and pages are written as HTML; name it .html"
+    assert message in capsys.readouterr().err
+    assert rows.read_bytes() == before
 
 
 def test_a_report_is_not_written_into_the_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = (bundle / "manifest.json").read_bytes()
-    assert main(["report", str(bundle), "--out", str(bundle / "manifest.json")]) == 2
-    assert f"manifest.json is inside the bundle {bundle}; give a file beside it" in capsys.readouterr().err
-    assert (bundle / "manifest.json").read_bytes() == manifest
+    assert main(["report", str(bundle), "--out", str(bundle / "page.html")]) == 2
+    assert f"page.html is inside the bundle {bundle}; give a file beside it" in capsys.readouterr().err
+    assert not (bundle / "page.html").exists()
 
 
 def test_a_recipe_of_other_adapters_is_refused(

@@ -506,11 +506,10 @@ def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--page", "{log}"], "log.jsonl is a file that this command reads; write to another file"),
-        (["--page", "{rows}"], "light.jsonl is a file that this command reads; write to another file"),
-        (["--page", "{recipe}", "--recipe", "{recipe}"], "recipe.yaml is a file that this command reads"),
-        (["--page", "{home}/manifest.json"], "manifest.json is inside the bundle"),
-        (["--ask", "2", "--questions", "{recipe}", "--recipe", "{recipe}"], "recipe.yaml is a file that this command"),
+        (["--page", "{log}"], "log.jsonl is not an .html file, and pages are written as HTML; name it .html"),
+        (["--page", "{home}/page.html"], "page.html is inside the bundle"),
+        (["--ask", "2", "--questions", "{home}/q.jsonl"], "q.jsonl is inside the bundle"),
+        (["--ask", "2", "--questions", "{log}"], "log.jsonl already exists; give another file"),
         (
             ["--ask", "2", "--questions", "{home}.yaml", "--recipe", "{recipe}"],
             "home.yaml already exists; give another file, or complete it and give it as --log",
@@ -524,7 +523,7 @@ def test_outputs_that_cannot_be_are_refused(
 ) -> None:
     log = logged(home, [{"prompt": f"lamp {n}", "confidence": n / 10} for n in range(8)])
     recipe = shutil.copy(home.with_name(NAME), home.with_name("home.yaml"))
-    files = {"log": log, "home": home, "recipe": home.with_name(NAME), "rows": home.with_name("light.jsonl")}
+    files = {"log": log, "home": home, "recipe": home.with_name(NAME)}
     assert main(["learn", str(home), "--log", str(log), *(each.format(**files) for each in options)]) == 2
     assert message in capsys.readouterr().err.replace(log.name, "log.jsonl")
     assert recipe.read_bytes() == home.with_name(NAME).read_bytes()
@@ -547,8 +546,6 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     assert main(["learn", str(home), "--log", str(log), *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"questions": str(questions), "answers": 5}
     assert questions.stat().st_mode & 0o777 == 0o600
-    assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(log)]) == 2
-    assert "is a file that this command reads; write to another file" in capsys.readouterr().err
     rows = [{**json.loads(line), "correction": "reply on"} for line in questions.read_text().splitlines()]
     assert [row["confidence"] for row in rows] == [0.0, 0.1, 0.2, 0.3, 0.4]
     rows[0]["correction"] = {"reply": "on"}

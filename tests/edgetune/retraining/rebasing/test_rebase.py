@@ -267,9 +267,9 @@ def on(arch: str, *settings: str) -> Callable[[Path, Bases], list[object]]:
     return lambda _, bases: ["--base", bases(arch), *(word for text in settings for word in ("--set", text))]
 
 
-def on_page(page: str, *options: str) -> Callable[[Path, Bases], list[object]]:
+def on_page(page: str) -> Callable[[Path, Bases], list[object]]:
     """The options for a page in the folder of the bundle."""
-    return lambda _, bases: ["--base", bases("qwen2"), "--page", page, *options]
+    return lambda _, bases: ["--base", bases("qwen2"), "--page", page]
 
 
 def given(*options: str) -> Callable[[Path, Bases], list[object]]:
@@ -297,15 +297,8 @@ REFUSED: dict[str, tuple[int, str, Callable[[Path, Bases], list[object]]]] = {
     ),
     "unknown adapter": (3, "no adapter 'lihgt'", given("--base", "smollm2-135m", "--data", "lihgt=test.jsonl")),
     "rows of another kind": (2, "texts.jsonl:1: is plain text, but metric exact compares answers", texts),
-    "page over test rows": (
-        2, "test.jsonl is a file that this command reads; write to another file",
-        on_page("test.jsonl", "--data", "light=test.jsonl"),
-    ),
-    "page over training rows": (2, "tone.csv is a file that this command reads", on_page("tone.csv")),
-    "page over a base": (2, "qwen2.gguf is a file that this command reads", lambda home, bases: [
-        "--base", bases("qwen2"), "--page", bases("qwen2"),
-    ]),
-    "page in the bundle": (2, "manifest.json is inside the bundle", on_page("home/manifest.json")),
+    "page over training rows": (2, "tone.csv is not an .html file", on_page("tone.csv")),
+    "page in the bundle": (2, "page.html is inside the bundle", on_page("home/page.html")),
     "context too long": (2, "supports at most 512 tokens; set it", on("qwen2", "context_length=1024")),
 }  # fmt: skip
 
