@@ -107,7 +107,7 @@ class Lora(LoraCheckpoint[L]):
 
     def trained_modules(self, base: BaseShape, options: L) -> list[SizedModule]:
         """The target modules. Raises UsageError for `auto` on other modules than LLaMA's."""
-        if options.is_auto and base.has_other_modules:
+        if options.is_auto and base.architecture.has_other_modules:
             names = sorted({module.name.rpartition(".")[2] for module in base.modules})
             message = "target_modules: auto does not support the modules of this base"
             raise UsageError(message, f"list modules, of {', '.join(names)}, or use all-linear")

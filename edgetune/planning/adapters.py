@@ -60,7 +60,7 @@ def _check_dtypes(planned: AdapterPlan) -> None:
 def check_method(method: MethodSpec, shapes: Mapping[str, str], source: BaseSource) -> None:
     """Raise UsageError or IncompatibleError if the method cannot tune the base, or not into one of these shapes."""
     base = source.shape
-    if base is not None and (reason := misfit(method.name, shapes, base)):
+    if base is not None and (reason := misfit(method.name, shapes, base.architecture)):
         raise IncompatibleError(f"{method.name} {reason}", "train it with lora")
     methods.load(method.name).check(method.options, source.linear_modules, {*shapes.values()})
     if base is not None:

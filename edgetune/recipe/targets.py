@@ -8,7 +8,6 @@ from contextlib import suppress
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import LowRank
 from edgetune_export.architectures.base import Architecture
-from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import IncompatibleError
 
@@ -18,11 +17,11 @@ from edgetune.methods import MethodOptions
 from .model import Recipe
 
 
-def misfit(method: str, shapes: Mapping[str, str], layers: Architecture | BaseShape) -> str:
-    """Why a method with these shapes cannot tune a base with such layers, after its name; empty if it can."""
-    if layers.is_recurrent and not methods.load(method).takes_recurrent_layers:
+def misfit(method: str, shapes: Mapping[str, str], architecture: Architecture) -> str:
+    """Why a method with these shapes cannot tune a base of this architecture, after its name; empty if it can."""
+    if architecture.is_recurrent and not methods.load(method).takes_recurrent_layers:
         return "needs attention, which some layers of this base do not have"
-    if not layers.has_equal_caches and "prefix" in shapes.values():
+    if not architecture.has_equal_caches and "prefix" in shapes.values():
         return "is a prefix of keys and values, which differ in the layers of this base"
     return ""
 

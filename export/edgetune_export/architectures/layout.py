@@ -9,14 +9,13 @@ reads them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+from edgetune_runtime.formats.gguf_sizes import number
 
 from . import of
 
@@ -32,7 +31,7 @@ _DECAY = re.compile(r"blk\.\d+\.ssm_a")
 def name_map(header: GgufHeader) -> gguf.TensorNameMap:
     """Maps module names of the Hugging Face model to names in the GGUF file."""
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
-    return gguf.get_tensor_name_map(architecture, count(header.metadata, f"{header.architecture}.block_count"))
+    return gguf.get_tensor_name_map(architecture, number(header, "block_count"))
 
 
 def tensor_of(module: str, header: GgufHeader, names: gguf.TensorNameMap) -> TensorInfo:
@@ -49,9 +48,7 @@ def base_rows(tensor: TensorInfo, header: GgufHeader) -> Order | None:
     match = _QUERY_OR_KEY.fullmatch(tensor.name)
     if match is None or not of(header).interleaves_rows:
         return _order_of_heads(tensor, header, in_columns=False)
-    prefix = f"{header.architecture}.attention"
-    key = f"{prefix}.head_count" if match["which"] == "q" else f"{prefix}.head_count_kv"
-    heads = count(header.metadata, key if key in header.metadata else f"{prefix}.head_count")
+    heads = number(header, "attention.head_count" if match["which"] == "q" else "attention.head_count_kv")
     return _swapped(tensor, np.arange(tensor.shape[-1]), (heads, 2, -1, 1))
 
 
@@ -138,12 +135,3 @@ def _norm_offset(tensor: TensorInfo, header: GgufHeader) -> float:
     # The gated norm of a delta net multiplies by its weights alone.
     is_norm = tensor.name.endswith("norm.weight") and not tensor.name.endswith("ssm_norm.weight")
     return of(header).norm_offset if is_norm else 0.0
-
-
-def count(metadata: Mapping[str, Any], key: str) -> int:
-    """A positive integer in the base's metadata; IncompatibleError for anything else, such as a value per layer."""
-    value = metadata.get(key)
-    if not isinstance(value, int) or value < 1:
-        remedy = "use a base with the same number of heads in each layer, converted by llama.cpp"
-        raise IncompatibleError(f"the base's {key} is {value!r}", remedy)
-    return value

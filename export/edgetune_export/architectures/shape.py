@@ -18,8 +18,7 @@ from edgetune_runtime.formats.gguf_sizes import (
 )
 
 from . import of
-from .base import OUTPUT_LAYER
-from .layout import count
+from .base import OUTPUT_LAYER, Architecture
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
 _OUTSIDE = -1
@@ -52,9 +51,9 @@ class BaseShape:
     `parameters_in_file` are embeddings that training does not load. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
     With `ties_output`, the weights of the output layer are the token embedding.
-    For `is_recurrent`, `has_equal_caches` and `has_other_modules` see `Architecture`.
     """
 
+    architecture: Architecture
     modules: tuple[SizedModule, ...]
     output_layer: SizedModule
     intermediate: int
@@ -64,9 +63,6 @@ class BaseShape:
     kv_values_per_token: int
     parameters_by_layer: tuple[int, ...]
     parameters: int
-    is_recurrent: bool = False
-    has_equal_caches: bool = True
-    has_other_modules: bool = False
     parameters_in_file: int = 0
     ties_output: bool = False
 
@@ -90,6 +86,7 @@ class BaseShape:
             if not (kind.startswith("rope_") or kind == "layer_output_scale" or is_unused):
                 by_layer[layer] += math.prod(tensor.shape)
         return cls(
+            architecture=architecture,
             modules=tuple(modules.values()),
             output_layer=output_layer,
             intermediate=number(header, "feed_forward_length"),
@@ -99,9 +96,6 @@ class BaseShape:
             kv_values_per_token=kv_values_per_token(header),
             parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=by_layer.total(),
-            is_recurrent=architecture.is_recurrent,
-            has_equal_caches=architecture.has_equal_caches,
-            has_other_modules=architecture.has_other_modules,
             parameters_in_file=math.prod(embedding.shape) if embedding else 0,
             ties_output="output.weight" not in header.tensors,
         )
@@ -146,7 +140,7 @@ def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
     """The linear modules of all layers, and the output layer, by name; IncompatibleError if the base lacks one."""
     architecture, sized = of(header), {}
     recurrent, sharing = recurrent_layers(header), sharing_layers(header)
-    for layer in range(count(header.metadata, f"{header.architecture}.block_count")):
+    for layer in range(number(header, "block_count")):
         for module in architecture.modules_of(is_recurrent=layer in recurrent, shares_keys=layer in sharing):
             name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
             sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"), layer)

@@ -37,6 +37,7 @@ WIDTHS = {"q": (192, 192), "k": (192, 64), "v": (192, 64), "o": (192, 192)}
 WIDTHS |= {"gate": (192, 512), "up": (192, 512), "down": (512, 192)}
 PRODUCTS = {**dict.fromkeys("qkv", "qkv"), "gate": "gate_up", "up": "gate_up"}
 SHAPE = BaseShape(
+    architecture=known()["llama"],
     modules=tuple(
         SizedModule(f"model.layers.{layer}.{name}_proj", f"{layer}.{PRODUCTS.get(name, name)}", *widths, layer)
         for layer in range(2)
