@@ -16,7 +16,6 @@ from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
 from edgetune_runtime.wording import nearest, shortened, suggestion
 
 from edgetune.recipe.data import Columns
-from edgetune.recipe.problems import MOST_DEPTH
 from edgetune.recipe.rows import Rows
 
 from .row_files import BadRowError, entries, json_values
@@ -195,8 +194,6 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
         keys = ", ".join(map(str, values)) or "none"
         raise BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
     row = _mapped_row(where, values, columns)
-    for answer in row.answers:
-        _check_levels(answer.completion or "")
     if labels is not None:
         row = _with_label(row, labels)
     value = values.get(columns.weight)
@@ -323,25 +320,6 @@ def _answer(value: object, name: str) -> str:
     """A completion as text: strings unchanged, all other values as JSON."""
     plain = isinstance(value, str) or value is None
     return _text(value if plain else json.dumps(value, ensure_ascii=False), name)
-
-
-def _check_levels(answer: str) -> None:
-    """BadRowError for JSON of so many levels that its schema could have too many."""
-    try:
-        level = [json.loads(answer)]
-        for _ in range(MOST_DEPTH):
-            level = [part for value in level for part in _parts(value)]
-        is_deep = bool(level)
-    except RecursionError:
-        is_deep = True
-    except ValueError:
-        return
-    if is_deep:
-        raise BadRowError(f"the answer has {MOST_DEPTH} or more levels of lists and objects; use fewer")
-
-
-def _parts(value: object) -> Iterable[object]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _text(value: object, name: str) -> str:

@@ -17,7 +17,7 @@ from .data import TaskRow
 from .negatives import given, is_made, letters_of
 from .plain_prompts import answered_prompts, plain_prompt
 from .splitting import folds_of
-from .task import Task, rows_apart, with_copies
+from .task import Task, with_copies
 
 SEPARATOR = "~"
 """Between the name of a task and the number of a fold; no adapter of a recipe has it in its name."""
@@ -47,7 +47,7 @@ def _without(fold: Sequence[TaskRow], number: int, task: Task, recipe: Recipe) -
     left_out, letters = {row.where for row in fold}, {*map(letters_of, fold)}
     own = [row for row in given(task.train) if row.where not in left_out]
     judged = [*given(task.validation), *task.confidence_rows, *fold]
-    part = with_copies(replace(task, train=own, validation=judged, copies=()), recipe, rows_apart(task.spec))
+    part = with_copies(replace(task, train=own, validation=judged, copies=()), recipe)
     made = [row for row in task.train if is_made(row) and letters_of(row) not in letters]
     asked = [*filter(is_made, task.validation)][number - 1 :: task.spec.confidence_folds]
     part = replace(part, name=f"{task.name}{SEPARATOR}{number}", train=[*own, *made], validation=[*fold, *asked])

@@ -137,10 +137,9 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
         check_answered([*validation, *sure], metric)
     doubts += (*case_doubts(labels), *_unscored(validation, metric), *_unused_system(spec.system, train))
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
-    apart = rows_apart(spec, read)
-    task = with_copies(task, recipe, apart, read)
+    task = with_copies(task, recipe)
     if spec.out_of_scope is not None:
-        task = _with_negatives(task, recipe, read, apart)
+        task = _with_negatives(task, recipe)
     task = _with_confidence(task)
     for rows in (task.trained_rows, task.choosing):
         if rows and not any(row.weight for row in rows):
@@ -155,12 +154,12 @@ def _doubts(spec: AdapterSpec, rows: Sequence[TaskRow], metric: Metric) -> tuple
     return () if doubt is None else (doubt,)
 
 
-def rows_apart(spec: AdapterSpec, read: Reader = read_rows) -> list[TaskRow]:
+def _rows_apart(spec: AdapterSpec) -> list[TaskRow]:
     """The rows that the task keeps apart for a test, of which nothing is learned."""
-    return [] if spec.data.apart is None else read(spec.data.apart)
+    return [] if spec.data.apart is None else read_rows(spec.data.apart)
 
 
-def with_copies(task: Task, recipe: Recipe, apart: Sequence[TaskRow], read: Reader = read_rows) -> Task:
+def with_copies(task: Task, recipe: Recipe) -> Task:
     """The task with changed copies of its training rows, if the recipe asks for them.
 
     Raises UsageError for options that do not fit the rows.
@@ -168,9 +167,9 @@ def with_copies(task: Task, recipe: Recipe, apart: Sequence[TaskRow], read: Read
     options, output = task.spec.data.augment, task.spec.output
     if options is None:
         return task
-    judged, foreign = [*task.validation, *task.confidence_rows, *apart], []
+    judged, foreign = [*task.validation, *task.confidence_rows, *_rows_apart(task.spec)], []
     if options.negatives is not None:
-        others = [read(spec.data.train, spec.data.columns) for spec in recipe.others(task.name).values()]
+        others = [read_rows(spec.data.train, spec.data.columns) for spec in recipe.others(task.name).values()]
         foreign = [text for texts in foreign_texts(others, [*task.train, *judged]) for text in texts]
     try:
         if options.negatives is not None:
@@ -220,7 +219,7 @@ def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*labels, *extra)))
 
 
-def _with_negatives(task: Task, recipe: Recipe, read: Reader, apart: Sequence[TaskRow]) -> Task:
+def _with_negatives(task: Task, recipe: Recipe) -> Task:
     """The task with generated rows that are out of scope, some for validation; UsageError if it has no labels.
 
     Those for validation choose no checkpoint, and are among the rows for the confidence, also if the recipe has its
@@ -234,10 +233,11 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader, apart: Sequence[Ta
     for name, spec in recipe.others(task.name).items():
         # Rows that cannot be read are reported by their own task.
         with suppress(EdgetuneError):
-            others[name] = read(spec.data.train, spec.data.columns)
+            others[name] = read_rows(spec.data.train, spec.data.columns)
     label, seed = task.spec.out_of_scope.label, task.training.seed
     own = task.confidence_rows
-    learned, judged = negative_rows(task.train, task.validation, others, label, seed, excluded=[*own, *apart])
+    excluded = [*own, *_rows_apart(task.spec)]
+    learned, judged = negative_rows(task.train, task.validation, others, label, seed, excluded=excluded)
     if own and label not in {row.completion for row in own}:
         own = [*own, *judged]
     return replace(task, train=[*task.train, *learned], validation=[*task.validation, *judged], confidence_rows=own)

@@ -13,6 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.tools.formats import SEPARATORS
 
@@ -20,13 +21,16 @@ from edgetune.common.choices import is_complete
 
 
 def infer(answers: Sequence[str]) -> OutputSpec | None:
-    """The constraint that these answers suggest; None for free text."""
+    """The constraint that these answers suggest; None for free text. UsageError if one is nested too deeply for any."""
     parsed = [json_or_none(answer) for answer in answers]
     if parsed and all(isinstance(value, dict | list) for value in parsed):
         shape = _Shape()
-        for value in parsed:
-            shape.add(value)
-        return output_of(schema=shape.schema(), spacing=spacing_of(answers))
+        try:
+            for value in parsed:
+                shape.add(value)
+            return output_of(schema=shape.schema(), spacing=spacing_of(answers))
+        except RecursionError as error:
+            raise UsageError("an answer has too many levels of lists and objects", "use fewer") from error
     values = Counter(answers)
     return output_of(choices=sorted(values)) if is_complete(values) else None
 

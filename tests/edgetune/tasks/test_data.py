@@ -169,17 +169,6 @@ def test_all_bad_rows_are_named_with_line_and_reason(write: Write) -> None:
     ]
 
 
-@pytest.mark.parametrize("levels", [50, 300, 2000])
-def test_answers_of_too_many_levels_are_refused(levels: int, write: Write) -> None:
-    told = ["1: the answer has 50 or more levels of lists and objects; use fewer"]
-    for opening, closing in (("[", "]"), ('{"a": ', "}")):
-        deep, fine = (f"{opening * count}1{closing * count}" for count in (levels, 49))
-        talk = [{"role": role, "content": deep} for role in ("user", "assistant")]
-        for values in ({"prompt": "a", "completion": deep}, {"messages": talk}):
-            assert problems_of(write(json.dumps(values))) == told
-        assert read_rows(write(json.dumps({"prompt": deep, "completion": fine})))
-
-
 def test_after_twenty_bad_rows_the_rest_is_counted(write: Write) -> None:
     source = write("{}\n" * 23)
     with pytest.raises(UsageError) as caught:

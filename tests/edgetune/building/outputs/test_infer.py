@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from edgetune_runtime.errors import UsageError
 
 from edgetune.building.outputs.infer import infer, rejected
 
@@ -90,3 +91,9 @@ def test_few_texts_are_choices_and_many_are_free() -> None:
     assert infer([f"answer {number}" for number in range(100)]) is None
     assert infer(["light", "light"]) is None
     assert infer([]) is None
+
+
+@pytest.mark.parametrize(("levels", "told"), [(70, "recursion limit exceeded"), (300, "has too many levels of lists")])
+def test_answers_of_so_many_levels_that_no_schema_can_have_them_are_refused(levels: int, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        infer(['{"a": ' * levels + "1" + "}" * levels])
