@@ -30,7 +30,7 @@ class Choice:
         return Choice(f"{section}.{self.key}", self.value, self.reason)
 
 
-def values_of(choices: Sequence[Choice]) -> dict[str, Any]:
+def nested_values(choices: Sequence[Choice]) -> dict[str, Any]:
     """The recipe as nested values."""
     values: dict[str, Any] = {}
     for choice in choices:

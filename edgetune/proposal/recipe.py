@@ -22,7 +22,7 @@ from edgetune.tasks.estimate import TEMPLATE_TOKENS, estimated_tokens
 from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import tokenize_rows
 
-from .choices import Choice, text_of, values_of
+from .choices import Choice, nested_values, text_of
 from .columns import form_of
 from .files import Sample, TaskFiles, read_sample, slug, tasks_of
 from .settings import settings_of
@@ -82,9 +82,9 @@ def recipe_for(
         Choice("base", written_base(base, folder), _REASONS.get(base, "")),
         *(choice for task in tasks for choice in task.choices),
     ]
-    draft = Recipe.model_validate(values_of(choices), context={"folder": folder})
+    draft = Recipe.model_validate(nested_values(choices), context={"folder": folder})
     choices.insert(2, _context_length(draft, tasks))
-    recipe = Recipe.model_validate(values_of(choices), context={"folder": folder})
+    recipe = Recipe.model_validate(nested_values(choices), context={"folder": folder})
     return ProposedRecipe(recipe, text_of(choices, _introduction(recipe, tasks, path)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,26 @@ def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Collection[Path] =
     Other paths become absolute. What is not set stays unset, because some defaults depend on the base or the board.
     Data files in the folders `copied_from` are copied. OutOfSpaceError if the disk is full.
     """
-    values = values_of(recipe)
     left = {path.resolve() for path in copied_from}
-    for loc, source in recipe.sources():
-        saved = save_source(source, folder)
-        if Path(saved).parent.resolve() in left:
-            saved = str(shutil.copy(saved, folder.absolute()))
+
+    def saved(source: str | Rows) -> str:
+        path = save_source(source, folder)
+        if Path(path).parent.resolve() in left:
+            path = str(shutil.copy(path, folder.absolute()))
         # A folder that was moved still has its files. A name such as ~rows would be read as that of a home.
-        is_own = Path(saved).parent == folder.absolute() and not Path(saved).name.startswith("~")
-        value_at(loc[:-1], values)[loc[-1]] = Path(saved).name if is_own else saved
+        is_own = Path(path).parent == folder.absolute() and not Path(path).name.startswith("~")
+        return Path(path).name if is_own else path
+
     path = folder / RECIPE
-    write_file(path, json_in_yaml(values, indent=2))
+    write_file(path, json_in_yaml(recipe_values(recipe, saved), indent=2))
     return path
 
 
-def values_of(recipe: Recipe) -> dict[str, Any]:
+def _absolute(source: str | Rows) -> str | Rows:
+    return str(Path(source).absolute()) if isinstance(source, str) and Path(source).exists() else source
+
+
+def recipe_values(recipe: Recipe, of_source: Callable[[str | Rows], str | Rows] = _absolute) -> dict[str, Any]:
     """What `Recipe.from_dict` makes the same recipe from, with absolute paths. What is not set stays unset."""
     values = recipe.model_dump(exclude_unset=True)
     base = recipe.folder / expanded(recipe.base)
@@ -46,7 +51,7 @@ def values_of(recipe: Recipe) -> dict[str, Any]:
         if spec.start_from is not None:
             values["adapters"][name]["start_from"] = str(Path(spec.start_from).absolute())
     for loc, source in recipe.sources():
-        value_at(loc[:-1], values)[loc[-1]] = source if isinstance(source, Rows) else _absolute(source)
+        value_at(loc[:-1], values)[loc[-1]] = of_source(source)
     return values
 
 
@@ -56,9 +61,4 @@ def save_source(source: str | Rows, folder: Path) -> str:
         path = folder / f"{source}.jsonl"
         write_file(path, source.text)
         return str(path.absolute())
-    return _absolute(source)
-
-
-def _absolute(source: str) -> str:
-    path = Path(source)
-    return str(path.absolute()) if path.exists() else source
+    return str(_absolute(source))

@@ -223,7 +223,7 @@ def _log(folder: Path) -> Open:
     from edgetune.recipe.data import DataSpec  # noqa: PLC0415
     from edgetune.recipe.parts import AdapterSpec  # noqa: PLC0415
     from edgetune.recipe.training import TrainingSpec  # noqa: PLC0415
-    from edgetune.retraining.learning.rows import learned_rows, values_of  # noqa: PLC0415 - as above
+    from edgetune.retraining.learning.rows import learned_rows, source_of  # noqa: PLC0415 - as above
     from edgetune.tasks.data import read_rows  # noqa: PLC0415
     from edgetune.tasks.task import Task  # noqa: PLC0415
 
@@ -236,7 +236,7 @@ def _log(folder: Path) -> Open:
         entries = [entry for entry in read_answer_log(folder / LOG, manifest) if entry.correction is not None]
         for entry in entries:
             others = [dataclasses.replace(entry, id=str(n), messages=_asked(n)) for n in range(4)]
-            read_rows(values_of(LORA, learned_rows(task, [*others, entry]).train))
+            read_rows(source_of(LORA, learned_rows(task, [*others, entry]).train))
 
     return open_changed
 

@@ -20,7 +20,7 @@ from edgetune.common.files import write_file
 from edgetune.common.work_folder import beside, work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
-from edgetune.recipe.saved import RECIPE, save_recipe, values_of
+from edgetune.recipe.saved import RECIPE, recipe_values, save_recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.report.answers import split_of
 from edgetune.tasks.task import Task
@@ -89,7 +89,7 @@ def load_recipe(
     loaded = source if isinstance(source, Recipe) else Recipe.from_file(source)
     changes = {**split_of(manifest, [name for name in loaded.adapters if name in manifest.adapters]), **settings}
     if isinstance(source, Recipe):
-        return Recipe.from_dict(values_of(source), source.folder.absolute(), changes, flags)
+        return Recipe.from_dict(recipe_values(source), source.folder.absolute(), changes, flags)
     return Recipe.from_file(source, changes, flags)
 
 

@@ -42,7 +42,7 @@ from .kept import (
     system_doubt,
     unchanged,
 )
-from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
+from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, source_of
 
 CORRECTIONS = "corrections"
 
@@ -234,7 +234,7 @@ def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -
     rows = {"train": train, "validation": validation}
     if task.spec.data.confidence is not None:
         rows["confidence"] = given(task.confidence_rows)
-    sources = {key: values_of(f"{task.name}-{key}", part) for key, part in rows.items()}
+    sources = {key: source_of(f"{task.name}-{key}", part) for key, part in rows.items()}
     data = task.spec.data.model_copy(update={**sources, "columns": None, "rows": None})
     scope = task.spec.out_of_scope
     labels = tuple(label for label in task.labels if scope is None or label != scope.label) or None
@@ -246,7 +246,7 @@ def _spec_to_compare(task: Task, rows: LearnedRows) -> AdapterSpec:
     spec = _spec(task, rows.train, rows.validation)
     if not rows.held_out:
         return spec
-    apart = values_of(f"{task.name}-{CORRECTIONS}", rows.held_out)
+    apart = source_of(f"{task.name}-{CORRECTIONS}", rows.held_out)
     return spec.model_copy(update={"data": spec.data.keeping_apart(apart)})
 
 

@@ -122,8 +122,8 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
             yield shortened(f"{', '.join(finding.where)}: {finding.note}: {finding.prompts[0]!r} → {answers}", 300)
 
 
-def values_of(name: str, rows: Sequence[TaskRow]) -> Rows:
-    """The rows in a form that needs no columns in a recipe."""
+def source_of(name: str, rows: Sequence[TaskRow]) -> Rows:
+    """The rows as data of a recipe, in a form that needs no columns."""
     return Rows.of(name, map(_values, rows))
 
 

@@ -27,7 +27,7 @@ def reordered(item: SlottedRow, rng: random.Random) -> TaskRow | None:
 
     Each value must be in the clause of its part, and each part must have one.
     """
-    prompt, parts = item.answer.said(item.row), item.answer.parts
+    prompt, parts = item.said, item.answer.parts
     pieces = _BETWEEN.split(prompt)
     clauses, between = pieces[::2], pieces[1::2]
     if (

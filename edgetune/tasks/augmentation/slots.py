@@ -63,16 +63,21 @@ class SlottedRow:
         return cls(row, answer, [s for s in slots if answer.is_told(row, s.paths[0], s.mentions[0].start)], english)
 
     @cached_property
+    def said(self) -> str:
+        """The prompt, and of a conversation all texts, as `Answer.said` joins them."""
+        return self.answer.said(self.row)
+
+    @cached_property
     def other_numbers(self) -> Sequence[Scalar]:
         """The numbers, times and dates in the texts that are in no slot."""
-        return said_numbers(_without(self.answer.said(self.row), self.slots))
+        return said_numbers(_without(self.said, self.slots))
 
     def is_elsewhere(self, slot: Slot) -> bool:
         """Whether the texts may have the value of a slot in another form too, which would stay as it is.
 
         In English only as a part of a word, as in compounds; other languages also have other endings.
         """
-        said, is_word = _without(self.answer.said(self.row), [slot]), not has_number(slot.value)
+        said, is_word = _without(self.said, [slot]), not has_number(slot.value)
         # Many words of English have `on` or `in` as a part.
         if self.english and is_word and len(str(slot.value)) < _SHORT:
             return False

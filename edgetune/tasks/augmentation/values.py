@@ -117,7 +117,7 @@ class Values:
             return None
         turns = item.row.turns
         written = [_is_written(turns[place]) for place in item.answer.texts(turns)]
-        said = with_values(item.answer.said(item.row), changes, written)
+        said = with_values(item.said, changes, written)
         value = item.answer.with_scalars({path: new for slot, new in changes for path in slot.paths})
         row = item.answer.row(item.row, said, value)
         # A new value may also be a part of another one, or be there already.
@@ -132,7 +132,7 @@ class Values:
         One that the texts have already would have two roles. Numbers keep their order, as a minimum and a maximum do,
         also among those that the answer does not have: it may be the lowest of several.
         """
-        if new in values.values() or has_value(item.answer.said(item.row), new):
+        if new in values.values() or has_value(item.said, new):
             return False
         if _json_results(item.row) and (_is_escaped(new) or _is_escaped(slot.value)):
             return False
@@ -290,8 +290,7 @@ def _is_written(turn: Message) -> bool:
 
 
 def _clock_after(item: SlottedRow, slot: Slot) -> list[str]:
-    said = item.answer.said(item.row)
-    return [match[1].lower() for mention in slot.mentions if (match := _CLOCK.match(said, mention.end))]
+    return [match[1].lower() for mention in slot.mentions if (match := _CLOCK.match(item.said, mention.end))]
 
 
 def _is_followed(item: SlottedRow, slot: Slot) -> bool:
