@@ -15,8 +15,14 @@ _IN_NUMBERS, _SIGN = re.compile(r"[ -/:-@]?[0-9]"), re.compile(r"[!-/:-@\[-`{-~]
 """Digits with the sign or space before them, of which many tokenizers make a token each, and other signs."""
 _PER_TOKEN, _SIGNS_PER_TOKEN = 3, 1.5
 """Letters and spaces in ASCII per token, and signs as in JSON, low estimates."""
-_OTHERS_PER_TOKEN = 1.5
-"""Bytes of other characters per token: SmolLM2's tokenizer has 1.6 of Thai and Chinese, and 2.2 of Russian."""
+_JOINED = re.compile(
+    r"[\u0370-\u052f\u0590-\u06ff\u0900-\u097f\u0b80-\u0bff\u0e00-\u0e7f\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]+"
+)
+_JOINED_PER_TOKEN = 1.5
+"""Scripts of which SmolLM2's tokenizer joins bytes, and bytes per token: 1.6 of Thai and Chinese, and 2.1 of Russian.
+
+Most bytes of others, such as Korean and Amharic, are a token each.
+"""
 
 
 def estimated_tokens(row: TaskRow, system: str | None) -> int:
@@ -40,5 +46,7 @@ def beginning_tokens(row: TaskRow, system: str | None) -> int:
 def _tokens(text: str) -> float:
     numbers, rest = sum(map(len, _IN_NUMBERS.findall(text))), _IN_NUMBERS.sub("", text)
     signs, plain = len(_SIGN.findall(rest)), len(rest.encode("ascii", "ignore"))
-    others = len(rest.encode(errors="replace")) - plain
-    return numbers + signs / _SIGNS_PER_TOKEN + (plain - signs) / _PER_TOKEN + others / _OTHERS_PER_TOKEN
+    joined = len("".join(_JOINED.findall(rest)).encode())
+    others = len(rest.encode(errors="replace")) - plain - joined
+    ascii_tokens = numbers + signs / _SIGNS_PER_TOKEN + (plain - signs) / _PER_TOKEN
+    return ascii_tokens + joined / _JOINED_PER_TOKEN + others
