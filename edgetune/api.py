@@ -341,7 +341,7 @@ def _script_of(converter: str | Path | None) -> Path | None:
 def check_engine(engine: str) -> None:
     """UsageError for a place where nothing can run, IncompatibleError if what it needs is missing."""
     if engine not in ENGINES:
-        raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
+        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray":
         load_ray()
 

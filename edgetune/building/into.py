@@ -31,7 +31,7 @@ _SETTINGS = ("merged_quantization", "states", "onnx", "device")
 def check_one_bundle(out: str | Path | None, into: str | Path | None) -> None:
     """UsageError if both name the bundle."""
     if into is not None and out is not None:
-        raise UsageError("--into and --out are both given, and name the bundle", "keep one")
+        raise UsageError("out and into are both given, and name the bundle", "keep one")
 
 
 def plan_for(recipe: Recipe, out: Path | None, into: Path | None) -> PlannedBuild:
@@ -156,7 +156,7 @@ def _write_empty(adapter: AdapterPlan, target: str, existing: ExistingBundle, fo
     try:
         backend.write_adapter(empty, base, out, dtype=dtype, base_fingerprint=manifest.base.fingerprint)
     except IncompatibleError as error:
-        remedy = "choose target_modules of the bundle's adapters, or build all adapters together with --out"
+        remedy = "choose target_modules of the bundle's adapters, or build all adapters together in another bundle"
         raise IncompatibleError(f"{existing.folder}: {error.message}", remedy) from error
 
 

@@ -94,7 +94,7 @@ def _check_files(name: str, spec: AdapterSpec, trained: Sequence[Path]) -> None:
             start = Path(spec.start_from)
             if any(start.resolve().is_relative_to(folder.resolve()) for folder in trained):
                 message = f"start_from is {start}, which this build replaces"
-                raise UsageError(message, "choose another --out, or start from a copy of that folder")
+                raise UsageError(message, "build in another folder, or start from a copy of that one")
             method.check_start(start, options)
     except EdgetuneError as error:
         raise type(error)(f"adapter {name!r}: {error.message}", error.remedy) from error

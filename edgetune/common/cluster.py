@@ -29,7 +29,7 @@ _MOST_DEATHS = 3
 # How often to check whether there is still a node for every task.
 _CHECK_S = 5.0
 _NODE_ID = "ray.io/node-id"
-_REMEDY = "add a node, or leave --engine out; what has ended is kept"
+_REMEDY = "add a node, or use the engine local; what has ended is kept"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_ray() -> Any:  # noqa: ANN401 - ray carries no types
     try:
         import ray  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise IncompatibleError("--engine ray needs Ray", 'run: pip install "edgetune[ray]"') from error
+        raise IncompatibleError("engine ray needs Ray", 'run: pip install "edgetune[ray]"') from error
     return ray
 
 

@@ -102,11 +102,11 @@ def recipe_of(request: Request) -> Recipe:
     common, _ = _split(request)
     recipe = Recipe.from_file(request.recipe, common)
     if request.task not in recipe.adapters:
-        raise UsageError(f"--task: no task {request.task!r}", suggestion(request.task, list(recipe.adapters)))
+        raise UsageError(f"no task {request.task!r}", suggestion(request.task, list(recipe.adapters)))
     recipe.task_type.check_offers("compare", f"recipe {request.recipe}")
     if recipe.domain is not None:
         message = f"recipe {request.recipe} has a domain, and each trial would repeat its continued pretraining"
-        remedy = "build it, then compare on that bundle's base: --set domain=null --set base=BUNDLE/base/FILE.gguf"
+        remedy = "build it, then compare on that bundle's base, with domain: null and base: BUNDLE/base/FILE.gguf"
         raise UsageError(message, remedy)
     if request.rows:
         # The trials set it.
@@ -132,27 +132,27 @@ def _check_lists(request: Request) -> None:
     for name in request.methods:
         error = methods.unknown(name)
         if error is not None:
-            raise UsageError(f"--methods: {error.message}", error.remedy)
+            raise error
     for rank in request.ranks:
         if rank < 1:
-            raise UsageError(f"--ranks: {rank} is not a rank", "use whole numbers of at least 1")
+            raise UsageError(f"{rank} is not a rank", "use whole numbers of at least 1")
     for rows in request.rows:
         if rows < 1:
-            raise UsageError(f"--rows: {rows} is not a number of training rows", "use whole numbers of at least 1")
+            raise UsageError(f"{rows} is not a number of training rows", "use whole numbers of at least 1")
     check_limit(request.limit)
     check_set_once(request.settings, _keys_of_flags(request))
 
 
 def _keys_of_flags(request: Request) -> dict[str, list[str]]:
-    """The keys of --set that each of the options given sets for all trials."""
+    """The settings that each of the other options given sets for all trials."""
     prefix = f"adapters.{request.task}"
     ranks = [f"{prefix}.method.{name}" for name in (RANK, "rank", MEAN_RANK)]
     for method in request.methods:
         options = methods.load(method).options
         key = _rank_key(options.model_fields)
         ranks += [] if key is None else [f"{method}.{name}" for name in (key, *other_names(key, options))]
-    keys = {"--ranks": ranks if request.ranks else [], "--rows": [f"{prefix}.data.rows"] if request.rows else []}
-    return {**keys, "--targets": [] if request.targets is None else ["targets"]}
+    keys = {"ranks": ranks if request.ranks else [], "rows": [f"{prefix}.data.rows"] if request.rows else []}
+    return {**keys, "targets": [] if request.targets is None else ["targets"]}
 
 
 def _trial(
@@ -210,7 +210,7 @@ def _split(request: Request) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
             common[key] = value
     unused = next((method for method in by_method if method not in request.methods), None)
     if unused is not None:
-        raise UsageError(f"--set: {unused} is not in --methods", f"add it there, or remove --set {unused}.…")
+        raise UsageError(f"{unused} has settings, but is not among the methods", "add it, or remove these")
     return common, by_method
 
 

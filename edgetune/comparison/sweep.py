@@ -75,7 +75,7 @@ def _outcomes(trials: Sequence[Trial], run: Run, progress: Progress) -> list[Tri
 def check_folder(out: Path) -> None:
     """UsageError if `out` is something else than a folder."""
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is not a folder", "choose another --out")
+        raise UsageError(f"{out} is not a folder", "choose another folder")
 
 
 def write(comparison: Comparison, out: Path) -> None:
@@ -105,7 +105,7 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     task = read_task(request.task, recipe)
     most, there_are = max(request.rows, default=0), len(given(task.train))
     if most > there_are:
-        message = f"--rows: {most} is more than the {there_are} training rows of {request.task}"
+        message = f"{most} rows are more than the {there_are} training rows of {request.task}"
         raise UsageError(message, f"use at most {there_are}")
     scored = _source(request.data, task)
     source = bases.find(recipe, download=True)

@@ -199,7 +199,7 @@ def _refuse_disk(recipe: Recipe, needs: BuildNeeds, room: Room) -> None:
 
 
 def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
-    remedy = f"free {mb(math.ceil(missing_mb))} or choose another --out"
+    remedy = f"free {mb(math.ceil(missing_mb))} or choose another folder"
     if len(recipe.targets) == 1:
         return remedy
     smaller = f"whose bundle is {mb(needs.extra_formats_mb)} smaller"

@@ -110,7 +110,7 @@ class Recipe(RecipePart):
         """Read and validate a recipe file; paths in it are relative to its folder.
 
         `settings` maps dotted keys, such as `adapters.command.method.r`, to values that replace those in the file;
-        texts are parsed as YAML. `flags` names the options that set some of these keys; the others are of --set.
+        texts are parsed as YAML. `flags` names the options that set some of these keys; the others are called settings.
 
         Raises NotFoundError if the file does not exist, and UsageError with all problems, one per line.
         """
@@ -247,7 +247,7 @@ class Recipe(RecipePart):
 
         if device.partition(":")[0] in _GPUS:
             gpu = device.replace("gpu", "cuda")
-            raise ValueError(f"no board {device!r}; to train on a GPU, use --set training.device={gpu}")
+            raise ValueError(f"no board {device!r}; to train on a GPU, set training.device to {gpu}")
         return _one_of(device, boards.names_with_sizes(), "board")
 
     @field_validator("adapters")
@@ -349,7 +349,7 @@ def _task_of(info: ValidationInfo) -> str:
 def _validated(document: Document, folder: Path, settings: Mapping[str, Any], flags: Mapping[str, str]) -> Recipe:
     document = with_task_files(document, folder)
     values = copy.deepcopy(document.values)
-    named = {key: flags.get(key, f"--set {key}") for key in settings}
+    named = {key: flags.get(key, f"setting {key}") for key in settings}
     found = ((key, override(values, key, value, model_at)) for key, value in settings.items())
     problems = [f"{named[key]}: {problem}" for key, problem in found if problem]
     try:

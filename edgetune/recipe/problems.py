@@ -177,12 +177,12 @@ def json_in_yaml(value: Plain, indent: int | None = None) -> str:
 
 
 def check_set_once(settings: Iterable[str], flags: Mapping[str, Iterable[str]]) -> None:
-    """UsageError if --set sets a key, or a part of it, that one of the other options in `flags` sets too."""
+    """UsageError if a setting is a key, or a part of it, that one of the other options in `flags` sets too."""
     for flag, keys in flags.items():
         for key in keys:
             both = next((other for other in settings if f"{other}.".startswith(f"{key}.")), None)
             if both is not None:
-                raise UsageError(f"{flag} and --set {both} are both given, and set the same", "keep one")
+                raise UsageError(f"{flag} and setting {both} are both given, and set the same", "keep one")
 
 
 def explain(

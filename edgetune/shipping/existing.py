@@ -63,7 +63,7 @@ class ExistingBundle:
         if fingerprint == expected:
             return
         message = f"base {name!r} has sha256 {fingerprint[:12]}…, that of {self.folder} {expected[:12]}…"
-        raise IncompatibleError(message, f"{self.base_remedy}build another bundle with --out")
+        raise IncompatibleError(message, f"{self.base_remedy}build another bundle")
 
     @property
     def base_remedy(self) -> str:

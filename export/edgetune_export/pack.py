@@ -90,11 +90,11 @@ def check_destination(out: Path) -> None:
     """
     if (length := len(os.fsencode(out.name))) > _LONGEST_NAME:
         message = f"the name of {out} has {length} bytes, more than {_LONGEST_NAME}"
-        raise UsageError(message, "choose a shorter --out")
+        raise UsageError(message, "choose a shorter one")
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
-        raise UsageError(f"{out} is not a folder", "choose another --out")
+        raise UsageError(f"{out} is not a folder", "choose another folder")
     check_not_current(out)
     if not any(out.iterdir()):
         return
@@ -106,11 +106,11 @@ def require_own_files(out: Path, kind: str, own_files: Callable[[Path], Collecti
     try:
         foreign = sorted(files_below(out) - {*own_files(out)})
     except EdgetuneError as error:
-        remedy = "choose another --out, or delete that folder first"
+        remedy = "choose another folder, or delete that one first"
         raise UsageError(f"{out} exists and is not a {kind} of this version", remedy) from error
     if foreign:
         message = f"{out} contains files that are not part of the {kind}, such as {foreign[0]}"
-        raise UsageError(message, "move them away or choose another --out")
+        raise UsageError(message, "move them away or choose another folder")
 
 
 def check_not_current(out: Path) -> None:
@@ -118,7 +118,7 @@ def check_not_current(out: Path) -> None:
     with suppress(FileNotFoundError):  # a deleted folder has no path any more
         if out.resolve() in (Path.cwd(), *Path.cwd().parents):
             message = f"{out} is the folder that you are in, or one above it, and would be replaced"
-            raise UsageError(message, "run this in another folder, or choose another --out")
+            raise UsageError(message, "choose another folder, or run this elsewhere")
 
 
 def _files_of_bundle(out: Path) -> set[str]:

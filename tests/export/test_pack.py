@@ -166,7 +166,7 @@ def test_the_folder_of_the_shell_is_not_replaced(work: Path, tmp_path: Path, mon
 def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path: Path) -> None:
     for letters, extra in ("n", 0), ("ü", 121):
         check_destination(tmp_path / (letters * (242 - extra)))
-        with pytest.raises(UsageError, match=r"has 24\d bytes, more than 242; choose a shorter --out"):
+        with pytest.raises(UsageError, match=r"has 24\d bytes, more than 242; choose a shorter one"):
             check_destination(tmp_path / (letters * (243 - extra)))
 
 

@@ -60,7 +60,7 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
         is_nobodys_mistake = is_redacted or is_mere_confirmation or has_redacted
         (left_out if is_nobodys_mistake else problems).append(problem)
     if problems:
-        raise UsageError("\n".join(problems), "answer them again: --ask N asks about them too")
+        raise UsageError("\n".join(problems), "answer them again: `edgetune learn --ask N` asks about them too")
     return rows, left_out
 
 

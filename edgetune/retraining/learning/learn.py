@@ -154,7 +154,7 @@ def _check_out(out: Path, bundle: Path, manifest: Manifest) -> None:
         raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
     if (out / MANIFEST_NAME).exists() and (name := read_manifest(out).name) != manifest.name:
         message = f"{out} is another bundle, {name!r}, not {manifest.name!r}"
-        raise UsageError(message, "give another --into, or delete that folder first")
+        raise UsageError(message, "choose another folder, or delete that one first")
 
 
 def _rows_of(
@@ -201,12 +201,12 @@ def _recipe_of(bundle: Path, manifest: Manifest, source: Path | Recipe | None, n
     recipe = recipe_beside(bundle, names) if source is None else load_recipe(source, manifest, {})
     if recipe is None:
         message = f"the old rows of {bundle} are in its recipe, which is not beside it"
-        raise NotFoundError(message, "give it: --recipe RECIPE")
+        raise NotFoundError(message, "give the recipe")
     unknown = [name for name in names if name not in recipe.adapters]
     if unknown:
         owner = "the given recipe" if isinstance(source, Recipe) else source or f"the recipe of {bundle}"
         message = f"{owner} has no adapter {unknown[0]!r}, of which the log has corrections"
-        raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
+        raise UsageError(message, "give the recipe that trained it")
     return recipe
 
 
@@ -225,7 +225,7 @@ def _by_adapter(
         say(f"left out {len(corrected.pop(name))} corrections of adapter {name!r}, which the bundle does not have")
     if not corrected:
         message = f"none of the {len(entries)} answers in the log is a corrected one of an adapter"
-        raise UsageError(message, "correct some on the server's page, or label some with --ask N")
+        raise UsageError(message, "correct some on the server's page, or label some with `edgetune learn --ask N`")
     return corrected
 
 

@@ -87,7 +87,7 @@ def learned_rows(
         if left_out:
             message += f"; {left_out} have prompts for validation or the confidence, which leaves {len(corrected)}"
         message += f", fewer than {MIN_CORRECTIONS}" + (f"; left out: {first_of(unfit)}" if unfit else "")
-        raise TooFewCorrectionsError(message, "correct more answers, or label some with --ask N")
+        raise TooFewCorrectionsError(message, "correct more answers, or label some with `edgetune learn --ask N`")
     plain = {prompt: prompt_of(row) for prompt, row in corrected.items()}
     # What other rows and conversations have, also in another case, is learned with them.
     known = answered_prompts((row for row in train if row.prompt_key not in corrected), prompt_of)

@@ -112,9 +112,7 @@ def rebase(
         planned = plan_build(recipe, staged)
         for task in planned.tasks:
             if doubt := split_doubt(manifest, task):
-                progress.say(
-                    f"warning: {task.name}: {doubt}; its old score may be too high: give test rows with --data"
-                )
+                progress.say(f"warning: {task.name}: {doubt}; its old score may be too high: give test rows")
             if doubt := system_doubt(manifest, task):
                 progress.say(f"warning: {task.name}: {doubt}")
         if planned.plan.source is None:
@@ -164,4 +162,4 @@ def _base_of(plan: BuildPlan, work: Path, progress: Progress, converter: Path | 
 def _same_base(plan: BasePlan, bundle: Path) -> UsageError:
     form = "" if plan.quantization is None else f" in {plan.quantization}"
     message = f"{plan.name!r}{form} is the base that {bundle} has already"
-    return UsageError(message, "give another --base or --quantization, or train again with edgetune build")
+    return UsageError(message, "give another base or quantization, or train again with edgetune build")

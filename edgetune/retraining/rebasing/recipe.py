@@ -42,12 +42,12 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
     UsageError without a change of the base, and for a wrong recipe.
     """
     if source.base is None and source.quantization is None:
-        raise UsageError("there is nothing to change: no base and no quantization", "give --base or --quantization")
+        raise UsageError("there is nothing to change: no base and no quantization", "give one of them")
     loaded = _loaded(bundle, manifest, source)
     lacking = [name for name in manifest.adapters if name not in loaded.adapters]
     if lacking:
         message = f"the recipe of {bundle} does not have its adapter {first_of([*map(repr, lacking)])}"
-        raise NotFoundError(message, "give the recipe that trained all of them: --recipe RECIPE")
+        raise NotFoundError(message, "give the recipe that trained all of them")
     removed = loaded.adapters.keys() - manifest.adapters.keys()
     specs = {name: _for_bundle(loaded.adapters[name], removed) for name in manifest.adapters}
     # A bundle from which an adapter was removed may have lost its router too.
@@ -56,15 +56,13 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
     gone = list(_missing(recipe))
     if gone:
         message = f"{bundle} was trained on files that are not here: {first_of(gone, 20)}"
-        raise NotFoundError(
-            message, "copy them there, or give the folder where they start, --folder DIR, or another --recipe"
-        )
+        raise NotFoundError(message, "copy them there, or give the folder where they start, or another recipe")
     return recipe
 
 
 def _loaded(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe:
     own, settings = _changes(source), source.settings or {}
-    changes, flags = {**own, **settings}, {key: f"--{key}" for key in own.keys() - settings.keys()}
+    changes, flags = {**own, **settings}, {key: key for key in own.keys() - settings.keys()}
     if source.recipe is not None:
         return load_recipe(source.recipe, manifest, changes, flags)
     beside = recipe_beside(bundle, manifest.adapters, changes, flags)
@@ -72,7 +70,7 @@ def _loaded(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe:
         return beside
     if not manifest.recipe:
         message = f"{bundle} has no recipe, because its adapters were trained elsewhere"
-        raise NotFoundError(message, "write one with their rows and give it: --recipe RECIPE")
+        raise NotFoundError(message, "write one with their rows and give it")
     return Recipe.from_dict(manifest.recipe, source.folder, changes, flags)
 
 

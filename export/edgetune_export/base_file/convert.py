@@ -191,7 +191,7 @@ def _fetch(version: str, target: Path) -> None:
     """Download the source distribution, and keep the converter in `target`."""
     make_in_cache(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        archive = download_source(version, Path(folder), "pass a llama.cpp checkout with --converter")
+        archive = download_source(version, Path(folder), "give a llama.cpp checkout as the converter")
         unpacked = _extract(archive, Path(folder))
         try:
             unpacked.rename(target)
@@ -206,5 +206,5 @@ def _extract(archive: Path, folder: Path) -> Path:
     within = "vendor/llama.cpp"
     unpacked = unpack_source(archive, folder, [f"{within}/{part}" for part in PARTS]) / within
     if not (unpacked / SCRIPT).is_file():
-        raise VerificationError(f"{archive.name} has no {SCRIPT}", "pass a llama.cpp checkout with --converter")
+        raise VerificationError(f"{archive.name} has no {SCRIPT}", "give a llama.cpp checkout as the converter")
     return unpacked

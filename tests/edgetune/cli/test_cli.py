@@ -155,10 +155,13 @@ def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
         (("plan", "recipe.yaml", "--set", "name"), "--set 'name' is not of the form KEY=VALUE"),
         (("plan", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set: 'name' is set twice"),
         (("evaluate", "home", "--data", "a.jsonl", "--data=b.jsonl"), "--data is given twice; give it once"),
-        (("build", "recipe.yaml", "--epochs", "1", "--set", "training.epochs=3"), "--epochs and --set training.epochs"),
-        (("build", "recipe.yaml", "--base", "x", "--set", "base=y"), "--base and --set base are both given"),
+        (
+            ("build", "recipe.yaml", "--epochs", "1", "--set", "training.epochs=3"),
+            "--epochs and setting training",
+        ),
+        (("build", "recipe.yaml", "--base", "x", "--set", "base=y"), "--base and setting base are both given"),
         (("build", "recipe.yaml", "--quantization", "q4_0", "--set", "quantization.budget_mb=9"), "--quantization and"),
-        (("rebase", "home", "--base", "x", "--set", "base=y"), "--base and --set base are both given"),
+        (("rebase", "home", "--base", "x", "--set", "base=y"), "--base and setting base are both given"),
         (("export", "--base", "b", "--adapter", "a", "--out", "o", "--system", "b=x"), "no adapter 'b'"),
         (("export", "--base", "b", "--adapter", "a=x", "--adapter", "a=y", "--out", "o"), "'a' is used twice"),
         (("export", "--base", "b", "--adapter", "A b=x", "--out", "o"), "the name 'A b' may contain only a-z"),
@@ -175,7 +178,7 @@ def test_a_wrong_command_line_is_one_line(run: Run, arguments: tuple[str, ...], 
         ("--epochs", "nan", "--epochs: nan is not a finite number"),
         ("--device", "", "--device: no board ''"),
         ("--quantization", "null", "--quantization: no quantization 'null'"),
-        ("--set", "training.seed=-1", "--set training.seed: -1 must be at least 0"),
+        ("--set", "training.seed=-1", "setting training.seed: -1 must be at least 0"),
     ],
 )
 def test_a_wrong_value_of_a_recipe_is_named_by_the_option_that_gave_it(
@@ -246,7 +249,7 @@ def test_build_makes_the_recipe_of_a_data_file_and_keeps_it_for_the_next_build(
 ) -> None:
     data, out, kept = recipe.parent / "tone.jsonl", recipe.parent / "build/Home", recipe.parent / "build/Home.yaml"
     flags = ("--out", out, "--base", tiny_gguf("llama"), "--set", "training.precision=fp32")
-    assert_is_one_error(run("build", data, *flags, "--engine", "spark"), 2, "--engine: no engine 'spark'")
+    assert_is_one_error(run("build", data, *flags, "--engine", "spark"), 2, "no engine 'spark'")
     assert not kept.exists()
     code, _, err = run("build", data, *flags, "--set", "adapters.tone.training.max_steps=1", "--json")
     assert code == 0, err
@@ -513,7 +516,7 @@ def test_into_adds_an_adapter_to_a_bundle(built: Built, run: Run, recipe: Path, 
     code, out, _ = run("build", recipe, "--into", home, "--quiet", "--json")
     assert (code, json.loads(out)["bundle"], list(json.loads(out)["adapters"])) == (0, str(home), ["reply", "mood"])
     assert_is_one_error(
-        run("build", recipe, "--into", home, "--out", tmp_path / "other"), 2, "--into and --out are both given"
+        run("build", recipe, "--into", home, "--out", tmp_path / "other"), 2, "out and into are both given"
     )
     assert_is_one_error(
         run("build", tmp_path / "tone.jsonl", "--into", home), 2, "--into needs a recipe; write one for"

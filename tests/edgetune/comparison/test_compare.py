@@ -344,22 +344,22 @@ def test_a_method_that_no_format_holds_is_refused_without_training(request_of: C
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"methods": ("lora", "lroa")}, "--methods: no method 'lroa'; did you mean 'lora'?"),
-        ({"task": "light"}, "--task: no task 'light'; did you mean 'lights'?"),
-        ({"task": "zzz"}, "--task: no task 'zzz'; choose one of: lights, other"),
-        ({"ranks": (4, 0)}, "--ranks: 0 is not a rank; use whole numbers of at least 1"),
+        ({"methods": ("lora", "lroa")}, "no method 'lroa'; did you mean 'lora'?"),
+        ({"task": "light"}, "no task 'light'; did you mean 'lights'?"),
+        ({"task": "zzz"}, "no task 'zzz'; choose one of: lights, other"),
+        ({"ranks": (4, 0)}, "0 is not a rank; use whole numbers of at least 1"),
         ({"limit": 0}, "a limit of 0 rows leaves nothing to score; use at least 1"),
-        ({"settings": {"lora.r": "4"}}, "--ranks and --set lora.r are both given, and set the same; keep one"),
-        ({"settings": {"lora.rank": "4"}}, "--ranks and --set lora.rank are both given, and set the same; keep one"),
+        ({"settings": {"lora.r": "4"}}, "ranks and setting lora.r are both given, and set the same; keep one"),
+        ({"settings": {"lora.rank": "4"}}, "ranks and setting lora.rank are both given, and set the same; keep one"),
         (
             {"settings": {"adapters.lights.method.r": "4"}},
-            "--ranks and --set adapters.lights.method.r are both given, and set the same; keep one",
+            "ranks and setting adapters.lights.method.r are both given, and set the same; keep one",
         ),
         (
             {"targets": ("gguf",), "settings": {"targets": "[onnx]"}},
-            "--targets and --set targets are both given, and set the same; keep one",
+            "targets and setting targets are both given, and set the same; keep one",
         ),
-        ({"settings": {"dora.r": "2"}}, "--set: dora is not in --methods; add it there, or remove --set dora.…"),
+        ({"settings": {"dora.r": "2"}}, "dora has settings, but is not among the methods; add it, or remove these"),
     ],
 )
 def test_an_invalid_request_is_refused_before_any_work(
@@ -375,7 +375,7 @@ def test_wrong_data_and_a_wrong_folder_are_refused_before_any_work(
     request_of: Callable[..., Request], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file is not a folder; choose another --out"):
+    with pytest.raises(UsageError, match="file is not a folder; choose another folder"):
         edgetune.compare(request_of().recipe, "lights", ["lora"], tmp_path / "file")
     with pytest.raises(EdgetuneError, match="no-such"):
         compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
@@ -476,11 +476,11 @@ def test_a_trial_ends_when_its_parent_is_gone() -> None:
     [
         (("--ranks", "4,x"), "--ranks: '4,x' is not a list of whole numbers; write it as --ranks 4,16"),
         (("--rows", "few"), "--rows: 'few' is not a list of whole numbers; write it as --rows 4,16"),
-        (("--rows", "4,17"), "--rows: 17 is more than the 16 training rows of lights; use at most 16"),
-        (("--rows", "0"), "--rows: 0 is not a number of training rows; use whole numbers of at least 1"),
-        (("--engine", "spark"), "--engine: no engine 'spark'; choose one of: local, ray"),
+        (("--rows", "4,17"), "17 rows are more than the 16 training rows of lights; use at most 16"),
+        (("--rows", "0"), "0 is not a number of training rows; use whole numbers of at least 1"),
+        (("--engine", "spark"), "no engine 'spark'; choose one of: local, ray"),
         (("--targets", "ggfu,onnx"), "--targets: no format 'ggfu'; did you mean 'gguf'?"),
-        (("--set", "lora.q=1"), "--set adapters.lights.method: "),
+        (("--set", "lora.q=1"), "setting adapters.lights.method: "),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_one_line(

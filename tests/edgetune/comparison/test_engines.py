@@ -45,5 +45,5 @@ def test_trials_on_a_cluster_have_the_same_outcomes_as_here(trials: list[Trial])
 
 def test_without_ray_the_extra_is_named(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(IncompatibleError, match=r'--engine ray needs Ray; run: pip install "edgetune\[ray\]"'):
+    with pytest.raises(IncompatibleError, match=r'engine ray needs Ray; run: pip install "edgetune\[ray\]"'):
         list(run_on_ray(trials, QUIET))

@@ -185,7 +185,7 @@ def test_a_machine_with_room_for_all_gets_no_warning(tiny_gguf: Callable[[str], 
             {"disk_mb": 1000.0},
             OutOfSpaceError,
             "building takes at least 3,000 MB of disk, and /data has 1,000 MB free; free 2,000 MB or choose another "
-            "--out, or build targets: [gguf] alone, whose bundle is 900 MB smaller",
+            "folder, or build targets: [gguf] alone, whose bundle is 900 MB smaller",
         ),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_build_that_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path],
     disk, memory = build_needs.check(recipe, NEEDS, Room(Path("/data"), 8100.0, 5000.0))
     # The base's weights are mapped from disk too.
     assert disk == (
-        "building takes up to 26,800 MB of disk, and /data has 5,000 MB free; free 21,800 MB or choose another --out"
+        "building takes up to 26,800 MB of disk, and /data has 5,000 MB free; free 21,800 MB or choose another folder"
     )
     # 1,700M parameters would fit.
     assert memory == (

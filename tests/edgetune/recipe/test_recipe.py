@@ -212,7 +212,7 @@ adapters:
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("adapters", "{}", "--set adapters: has too few entries; give at least 1"),
+        ("adapters", "{}", "setting adapters: has too few entries; give at least 1"),
         ("adapters.command.labels", "[a]", "['a'] has fewer than 2 labels"),
         ("adapters.command.labels", "[a, b, ' a ']", "'a' appears twice"),
         ("adapters.command.labels", "[a, ' ']", "is empty"),
@@ -225,7 +225,7 @@ adapters:
         ("adapters.command.system", "Rule #1 be brief", "'Rule #1 be brief' has a # that begins a comment; put it"),
         ("adapters.command.system", "#no", "'#no' has a # that begins a comment; put it in quotes"),
         ("adapters.command.labels", "[a, b] # c", "has a # that begins a comment"),
-        ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
+        ("training", "{epochs: 0}", "setting training: training.epochs: 0 must be greater than 0"),
         ("training.epochs", "1e9", "1000000000.0 must be at most 100000"),
         ("training.seed", str(2**63), f"{2**63} must be less than 9.22337e+18"),
         ("adapters.command.method.alpha_pattern", "{q_proj: .nan}", "nan is not a finite number"),
@@ -244,13 +244,13 @@ adapters:
         ("imatrix", "auto", "it changes nothing with quantization: null; use q4_0, or remove it"),
         ("quantize", "q4_0", "unknown key; did you mean 'quantization'?"),
         ("device", "pi-55", "no board 'pi-55'; did you mean 'pi-5'?"),
-        ("device", "gpu", "no board 'gpu'; to train on a GPU, use --set training.device=cuda"),
-        ("device", "cuda:1", "no board 'cuda:1'; to train on a GPU, use --set training.device=cuda:1"),
+        ("device", "gpu", "no board 'gpu'; to train on a GPU, set training.device to cuda"),
+        ("device", "cuda:1", "no board 'cuda:1'; to train on a GPU, set training.device to cuda:1"),
     ],
 )
-def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: str, problem: str) -> None:
+def test_a_wrong_setting_is_named_by_its_key(write: Write, key: str, value: str, problem: str) -> None:
     (line,) = problems_of(write(GOOD.replace("rank: 8", "r: 8")), {key: value})
-    assert line.startswith(f"--set {key}: ")
+    assert line.startswith(f"setting {key}: ")
     assert problem in line
 
 
@@ -268,13 +268,13 @@ def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: st
 )
 def test_true_and_false_are_no_numbers(write: Write, key: str, value: str) -> None:
     (line,) = problems_of(write(GOOD), {key: value})
-    assert line == f"--set {key}: {'false' if value == 'false' else 'true'} is not a number"
+    assert line == f"setting {key}: {'false' if value == 'false' else 'true'} is not a number"
 
 
 def test_true_is_neither_a_text_nor_a_number(write: Write) -> None:
     key = "adapters.command.data.augment.values"
     (line,) = problems_of(write(GOOD), {key: "{area: [attic, true]}"})
-    assert line == f"--set {key}: true is neither a text nor a number; put it in quotes"
+    assert line == f"setting {key}: true is neither a text nor a number; put it in quotes"
 
 
 def test_options_that_take_true_still_do(write: Write) -> None:
@@ -308,10 +308,10 @@ def test_problems_of_overrides_and_of_the_file_come_together(write: Write) -> No
     path = write(GOOD.replace("epochs: 2", "epochs: two"))
     settings = {"threads": "many", "adapters.x.scale": 1, "trainig.epochs": 3, "adapters.command.methodd.r": 3}
     assert problems_of(path, settings) == [
-        "--set adapters.x.scale: no adapter 'x'; choose one of: command, intent",
-        "--set threads: 'many' is not an integer",
-        "--set adapters.command.methodd.r: adapters.command.methodd: unknown key; did you mean 'method'?",
-        "--set trainig.epochs: trainig: unknown key; did you mean 'training'?",
+        "setting adapters.x.scale: no adapter 'x'; choose one of: command, intent",
+        "setting threads: 'many' is not an integer",
+        "setting adapters.command.methodd.r: adapters.command.methodd: unknown key; did you mean 'method'?",
+        "setting trainig.epochs: trainig: unknown key; did you mean 'training'?",
         "3: training.epochs: 'two' is not a number",
     ]
 
@@ -344,8 +344,8 @@ def test_keys_can_be_set_below_a_short_form(write: Write) -> None:
     assert recipe.quantization == QuantizationSpec(budget_mb=90)
     keys = {"quantization": "q4_0", "quantization.budget_mb": 90, "adapters.command.merged": True}
     assert problems_of(path, {**keys, "adapters.command.merged.x": 1}) == [
-        "--set quantization.budget_mb: quantization is not a mapping in this recipe",
-        "--set adapters.command.merged.x: adapters.command.merged is not a mapping in this recipe",
+        "setting quantization.budget_mb: quantization is not a mapping in this recipe",
+        "setting adapters.command.merged.x: adapters.command.merged is not a mapping in this recipe",
     ]
 
 

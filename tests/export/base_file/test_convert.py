@@ -159,7 +159,7 @@ def test_code_of_a_source_distribution_runs_only_if_its_digest_is_the_known_one(
 @pytest.mark.parametrize(
     ("given", "known", "error", "message"),
     [
-        ("nothing", "", NotFoundError, "connect to the network once, or pass a llama.cpp checkout with --converter"),
+        ("nothing", "", NotFoundError, "connect to the network once, or give a llama.cpp checkout as the converter"),
         ("sdist", "00" * 32, VerificationError, "does not have the expected sha256 0000"),
         ("sdist without the script", "", VerificationError, f"has no {SCRIPT}"),
     ],

@@ -277,11 +277,11 @@ def given(*options: str) -> Callable[[Path, Bases], list[object]]:
 
 
 REFUSED: dict[str, tuple[int, str, Callable[[Path, Bases], list[object]]]] = {
-    "nothing to change": (2, "no base and no quantization; give --base or --quantization", given()),
+    "nothing to change": (2, "no base and no quantization; give one of them", given()),
     "no bundle": (3, "is not a bundle", no_bundle),
     "unknown base": (3, "no base 'smollm2-135'; did you mean 'smollm2-135m'", given("--base", "smollm2-135")),
     "unknown quantization": (
-        2, "--quantization: no quantization 'q4_1x'; did you mean", given("--quantization", "q4_1x"),
+        2, "quantization: no quantization 'q4_1x'; did you mean", given("--quantization", "q4_1x"),
     ),
     "unknown architecture": (5, "architecture 'gpt2' of base", unsupported),
     "the same base": (2, "is the base that", on("llama")),
