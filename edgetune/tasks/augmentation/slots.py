@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -73,10 +74,13 @@ class SlottedRow:
         return said_numbers(_without(self.said, self.slots))
 
     def is_elsewhere(self, slot: Slot) -> bool:
-        """Whether the texts may have the value of a slot in another form too, which would stay as it is.
-
-        In English only as a part of a word, as in compounds; other languages also have other endings.
+        """Whether the texts may have the value of a slot in another role, as in `book a book`, or in another form too,
+        which would stay as it is: in English only as a part of a word, as in compounds; other languages also have other
+        endings.
         """
+        in_text = Counter(self.said.count(BETWEEN_TEXTS, 0, mention.start) for mention in slot.mentions)
+        if max(in_text.values()) > len(slot.paths):
+            return True
         said, is_word = _without(self.said, [slot]), not has_number(slot.value)
         # Many words of English have `on` or `in` as a part.
         if self.english and is_word and len(str(slot.value)) < _SHORT:

@@ -124,6 +124,13 @@ def test_flags_are_no_places_of_words() -> None:
     assert copied(rows, copies=2, noise=1)
 
 
+def test_a_value_stays_where_the_prompt_has_it_in_another_role_too() -> None:
+    things = {"book": "now", "movie": "today", "taxi": "soon"}
+    rows = [{"prompt": f"book a {thing} {time}", "completion": {"thing": thing}} for thing, time in things.items()]
+    made = [prompt for prompt, _ in pairs(copied(rows, **QUIET))]
+    assert made and all(prompt.startswith("book a ") for prompt in made)
+
+
 def test_a_value_that_the_prompt_has_already_is_not_used() -> None:
     negated = (("kitchen", "study"), ("study", "porch"))
     rows = [asked(f"light the {room}, not the {other}", room=room) for room, other in negated]
