@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, __version__
-from edgetune_runtime.bundle import ERROR, ConfidenceCurve, UnsureRule, read_manifest
+from edgetune_runtime.bundle import ERROR, STATES_FOLDER, ConfidenceCurve, UnsureRule, read_manifest
 from edgetune_runtime.cli import machine
 from edgetune_runtime.inference.measuring import loaded_bundle
-from runtime.bundles import change_manifest
+from runtime.bundles import change_manifest, write_manifest
 from runtime.conftest import LABELS, Run
 
 PROMPT = "turn on the light"
@@ -131,6 +131,16 @@ def test_warm_fails_if_the_states_cannot_be_saved(run: Run, bundle: Path, tmp_pa
 def test_warm_fails_without_a_cache_folder(run: Run, bundle: Path) -> None:
     code, _, err = run("warm", bundle)
     assert (code, "of the states are not saved; give --cache-folder" in err) == (1, True)
+
+
+@pytest.mark.usefixtures("no_home")
+def test_warm_needs_no_cache_folder_for_states_that_the_bundle_ships(run: Run, bundle: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+    told = json.loads(run("warm", home, "--cache-folder", home / STATES_FOLDER, "--json")[1])
+    manifest = read_manifest(home)
+    write_manifest(home, manifest.base, manifest.adapters)
+    code, out, _ = run("warm", home, "--json")
+    assert (code, json.loads(out)) == (0, told)
 
 
 def test_a_cache_folder_of_another_user_is_named(run: Run, unreadable: Path) -> None:

@@ -158,11 +158,10 @@ def warm(options: argparse.Namespace) -> None:
 
     with open_runtime(options) as runtime:
         tokens = runtime.warm()
-        prompts = loaded_bundle(runtime).base.first.shared.prompts
-    store = None if prompts is None else prompts.store
-    if tokens and (store is None or store.failures):
+        unsaved = loaded_bundle(runtime).base.first.shared.unsaved
+    if unsaved:
         # A warning has said why.
-        message = f"{store.failures if store else len(tokens)} of the states are not saved"
+        message = f"{len(unsaved)} of the states are not saved"
         raise EdgetuneError(message, "give --cache-folder, a folder with space that you may write to")
     if options.json:
         print(json.dumps(tokens, ensure_ascii=False))

@@ -60,7 +60,8 @@ class SharedResources:
 
     `invocations` are the tokens that activate some of the adapters, which may come and go. With `exact`, a call reuses
     the states of others only where computing them would give the same bits; a session always reuses all of its own
-    state. Steps run on `threads` if given, else on the caller's thread. `emit` receives switches.
+    state. Steps run on `threads` if given, else on the caller's thread. `emit` receives switches. `unsaved` are the
+    keys of states that were warmed, and could not be saved on disk.
     """
 
     base: str
@@ -74,6 +75,7 @@ class SharedResources:
     exact: bool = True
     threads: ComputeThreads | None = None
     emit: Emit = ignore
+    unsaved: set[Key] = field(default_factory=set)
 
     def keeps_fixed(self, job: PromptJob) -> bool:
         """Whether the state of the prompt's fixed part will be saved, in memory or on disk."""
@@ -90,7 +92,9 @@ class SharedResources:
         """Keep the state of a fixed part in memory, and on disk unless it may not come again."""
         self.cache.put(saved, owner)
         if self.prompts is not None and owner == PROMPTS:
-            self.prompts.save(saved.key, saved.tokens, saved.state, is_warmed=job.is_warmed)
+            is_saved = self.prompts.save(saved.key, saved.tokens, saved.state, is_warmed=job.is_warmed)
+            if job.is_warmed and not is_saved:
+                self.unsaved.add(saved.key)
 
     def know_adapter(self, name: str, digest: str, invocation: Sequence[int]) -> None:
         """Register a new adapter, whose file has this digest, so that its states can be kept."""

@@ -41,11 +41,12 @@ class PromptStates:
                 return state
         return None
 
-    def save(self, key: Key, tokens: Sequence[int], state: memoryview, *, is_warmed: bool = False) -> None:
-        """Save a state to disk, if there is a folder for it; see `StateStore.save`."""
-        if self.store is not None:
-            label = f"{self.bundle}: {name_of(dict(key.spans[-1][1]))}"
-            self.store.save(self.identity(key, tokens), state, label, len(tokens), is_warmed=is_warmed)
+    def save(self, key: Key, tokens: Sequence[int], state: memoryview, *, is_warmed: bool = False) -> bool:
+        """Save a state, if there is a folder for it; returns whether it is on disk. See `StateStore.save`."""
+        if self.store is None:
+            return False
+        label = f"{self.bundle}: {name_of(dict(key.spans[-1][1]))}"
+        return self.store.save(self.identity(key, tokens), state, label, len(tokens), is_warmed=is_warmed)
 
     def drop(self, key: Key, tokens: Sequence[int]) -> None:
         """Delete a state that the engine refused."""

@@ -90,8 +90,6 @@ class StateStore:
         self.folder, self._verify = folder, verify
         self._budget = budget_mb * 1e6
         self._daily = DailyBudget(folder, mb_per_day * 1e6)
-        self.failures = 0
-        """States that could not be written."""
 
     def path_of(self, identity: Mapping[str, Any]) -> Path:
         """The file of the state with this identity: everything that determines the state, as JSON values."""
@@ -142,7 +140,8 @@ class StateStore:
         `is_warmed` says were computed ahead of calls do not count as written by calls.
         """
         if len(state) > self._budget:
-            _LOG.debug("did not save a state of %.1f MB: the limit is %.1f MB", len(state) / 1e6, self._budget / 1e6)
+            level, mb = logging.WARNING if is_warmed else logging.DEBUG, len(state) / 1e6
+            _LOG.log(level, "did not save a state of %.1f MB: the limit is %.1f MB", mb, self._budget / 1e6)
             return False
         path = self.path_of(identity)
         try:
@@ -160,7 +159,6 @@ class StateStore:
                 self._daily.count(len(state))
             write_checked(path, KIND, {"identity": identity, "label": label, "tokens": tokens}, state)
         except (OSError, OutOfSpaceError) as error:
-            self.failures += 1
             _LOG.warning("cannot save a state to disk: %s", error)
             return False
         return True

@@ -110,6 +110,17 @@ def test_warm_computes_missing_states_and_returns_their_lengths(
     assert {path: path.stat().st_ino for path in files_of(tmp_path)} == written
 
 
+def test_warm_tells_which_states_are_too_large_to_be_saved(
+    open_: Callable[..., Runtime], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_("gguf", disk_mb=0.001) as runtime:
+        runtime.generate(PROMPT, adapter="one", max_tokens=1)
+        assert "did not save" not in caplog.text
+        runtime.warm(["two"])
+        assert len(loaded_bundle(runtime).base.first.shared.unsaved) == 1
+    assert "did not save a state of 0." in caplog.text
+
+
 def test_a_state_of_mapped_weights_is_none_of_repacked_ones(open_: Callable[..., Runtime]) -> None:
     reused = []
     for repack in (False, True, True):
