@@ -19,6 +19,7 @@ from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.calls import answer_text
 
@@ -143,9 +144,10 @@ class Answering:
         try:
             for choice in (None, *self.runtime.adapters):
                 if not self.queue.stopping:
-                    await self.runtime.warm([choice])
-        except EdgetuneError as error:
-            _LOG.warning("the prompts are not warm: %s", error)
+                    try:
+                        await self.runtime.warm([choice])
+                    except EdgetuneError as error:
+                        _LOG.warning("the prompt of %s is not warm: %s", name_of(choice), error)
         finally:
             self.is_warming = False
 

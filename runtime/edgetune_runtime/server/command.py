@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune_runtime.answer_log.log import MAX_BYTES, AnswerLog
-from edgetune_runtime.errors import NotFoundError, UsageError, importing
+from edgetune_runtime.errors import MissingLibraryError, NotFoundError, UsageError, importing
 
 from .settings import Access, ServerLimits, host_of
 
 if TYPE_CHECKING:
     from edgetune_runtime.bundle import Manifest
     from edgetune_runtime.inference.runtime import Runtime
+
+_LOG = logging.getLogger(__name__)
 
 _SHORTEST_KEY = 16
 _ORIGIN = re.compile(r"[A-Za-z][\w+.-]*://[^\s/?#@*]+", re.ASCII)
@@ -103,8 +105,10 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
     rewriters = [Rewriter.load(spec, options.app_dir.resolve()) for spec in options.rewrite]
     with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
-        # Or each request of such an adapter would fail.
-        require_for(runtime.manifest.adapters.values())
+        try:
+            require_for(runtime.manifest.adapters.values())
+        except MissingLibraryError as error:
+            _LOG.warning("requests to adapters whose answers are constrained will fail: %s", error)
         url = url_of(listening)
 
         def ready(_: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,9 +25,9 @@ KEY = "0123456789abcdef"
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(*arguments: object, run: Sequence[str] = RUN) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`edgetune-run serve` with these arguments, and its URL once it is ready."""
-    command = [*RUN, *map(str, arguments), "--port", "0", "--json"]
+    command = [*run, *map(str, arguments), "--port", "0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -160,17 +160,36 @@ def without(*libraries: str) -> list[str]:
     return [sys.executable, "-c", f"{probe}from edgetune_runtime.cli import main; sys.exit(main(sys.argv[1:]))"]
 
 
-@pytest.mark.parametrize("command", ["serve", "wyoming"])
-def test_a_bundle_with_constraints_is_not_served_without_their_library(
-    command: str, bundle: Path, tmp_path: Path
-) -> None:
+NEEDS_LIBRARY = 'need llguidance, which is not installed; run: pip install "edgetune-runtime[structured]"'
+
+
+@pytest.fixture
+def constrained(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle one of whose adapters has a constraint."""
     home = Path(shutil.copytree(bundle, tmp_path / "home"))
     change_manifest(home, lambda raw: raw["adapters"]["command"].update(output={"choices": ["on", "off"]}))
-    options = ["--port", "0"] if command == "serve" else ["--uri", "tcp://127.0.0.1:0", "--adapter", "command"]
-    served = [*without("llguidance"), command, str(home), *options]
-    failed = subprocess.run(served, capture_output=True, text=True, check=False, timeout=60)
+    return home
+
+
+def test_only_requests_to_adapters_with_constraints_need_their_library(constrained: Path) -> None:
+    with serving(constrained, "--contexts", 1, "--warm", run=[*without("llguidance"), "serve"]) as (process, url):
+        for model, status in (("tone", 200), ("command", 500)):
+            response = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "model": model}, timeout=30)
+            assert response.status_code == status
+        assert NEEDS_LIBRARY in response.json()["error"]["message"]
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=30)[1]
+    start, prompt = err.splitlines()
+    assert "requests to adapters whose answers are constrained will fail: output constraints " + NEEDS_LIBRARY in start
+    assert "the prompt of command is not warm: output constraints " + NEEDS_LIBRARY in prompt
+
+
+def test_an_adapter_with_constraints_takes_no_commands_without_their_library(constrained: Path) -> None:
+    options = ["--uri", "tcp://127.0.0.1:0", "--adapter", "command"]
+    command = [*without("llguidance"), "wyoming", str(constrained), *options]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (failed.returncode, failed.stdout) == (5, "")
-    assert 'need llguidance, which is not installed; run: pip install "edgetune-runtime[structured]"' in failed.stderr
+    assert NEEDS_LIBRARY in failed.stderr
 
 
 def test_help_needs_no_extra() -> None:
