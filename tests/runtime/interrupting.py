@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 
-MODULES = ("adapters.py", "merged.py", "places.py", "pool.py", "threading.py")
+MODULES = ("adapters.py", "places.py", "pool.py", "threading.py")
 """Those whose functions are interrupted."""
 
 

@@ -10,10 +10,9 @@ from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.decoding.past_answers import PastAnswer
-from edgetune_runtime.serving.adapters import Entries, LoadedAdapters
+from edgetune_runtime.serving.adapters import Entries, LoadedAdapters, MergedPool
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
-from edgetune_runtime.serving.merged import MergedPool
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.tools.calls import CallReader

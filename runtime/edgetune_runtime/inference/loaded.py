@@ -13,11 +13,10 @@ from pathlib import Path
 from edgetune_runtime.bundle import AUTO, GENERATE, AdapterEntry, Manifest, NewAdapter, files_of, without_adapter
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.limits import Stopped, no_limits
-from edgetune_runtime.serving.adapters import LoadedAdapters
+from edgetune_runtime.serving.adapters import LoadedAdapters, MergedPool
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
-from edgetune_runtime.serving.merged import MergedModels, MergedPool
 from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import join_spans
@@ -27,7 +26,7 @@ from edgetune_runtime.text.chat import Prompt, messages_for
 
 from .adapter_choice import Adapters, capacity_of, names_of, require_one_prefix, scales_of
 from .adapter_files import AdapterFiles
-from .adapter_loading import BundleAdapterLoader
+from .adapter_loading import BundleAdapterLoader, MergedModelLoader
 from .call import Call, CarriedState
 from .confidence import Curves
 from .lifetime import Lifetime, never_free_in_forks
@@ -61,7 +60,8 @@ class LoadedBundle:
         self._running = running
         self._loader = BundleAdapterLoader(running, self.files, lambda: self.manifest, options, lambda: self.contexts)
         self.adapters = LoadedAdapters(self._loader, lambda: self.manifest.adapters, options.adapters_mb)
-        self._merged = MergedModels(self._loader.open_merged, options.merged_mb)
+        self._models = MergedModelLoader(running, self.files, lambda: self.manifest, options)
+        self._merged = LoadedAdapters(self._models, lambda: self.manifest.adapters, options.merged_mb, is_soft=True)
         self._merged_pools: dict[str, MergedPool] = {}
         self._constraints = Constraints()
         self.router = Router(folder, manifest, verify=options.verify)
@@ -112,13 +112,14 @@ class LoadedBundle:
 
     def _pool_of(self, scales: dict[str, float]) -> tuple[Pool | MergedPool, dict[str, float]]:
         base = self.base
-        merged = [name for name in scales if self.manifest.adapter(name).is_merged(self.options.engine)]
-        if not merged:
+        merged = next((each for each in self._entries(scales).values() if each.is_merged(self.options.engine)), None)
+        if merged is None:
             return base, scales
-        if len(scales) > 1 or scales[merged[0]] != 1:
-            message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
+        if len(scales) > 1 or scales[merged.name] != 1:
+            message = f"adapter {merged.name!r} is merged, so it cannot be scaled or added to others"
             raise IncompatibleError(message, "use it alone with scale 1")
-        return self._merged_pools.setdefault(merged[0], MergedPool(merged[0], base.places, self._merged)), {}
+        pool = MergedPool(merged, base.places, self._merged, self._models.pools)
+        return self._merged_pools.setdefault(merged.name, pool), {}
 
     def call(
         self,
@@ -376,6 +377,7 @@ class LoadedBundle:
         if isinstance(self._running, Pool):
             self._running.places.close()
         self._merged.close()
+        self._models.close()
         self._running.close()
         self._in_use.use(())
         if self._past is not None:
@@ -392,5 +394,6 @@ class LoadedBundle:
     @contextmanager
     def _pools(self) -> Iterator[list[Pool]]:
         """The pools of all models that are open."""
-        with self._merged.use_opened() as models:
-            yield [*([self._running] if isinstance(self._running, Pool) else []), *models.values()]
+        with self._merged.use_loaded() as names:
+            merged = [self._models.pools[name] for name in names]
+            yield [*([self._running] if isinstance(self._running, Pool) else []), *merged]

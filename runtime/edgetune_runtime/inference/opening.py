@@ -80,7 +80,7 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
     if options.map_large_blocks:
         _map_large_blocks()
     file = manifest.base.files[options.engine]
-    path, _, fingerprint = _checked(bundle, manifest, file, options)
+    path, fingerprint = _checked(bundle, manifest, file, options)
     if fingerprint != manifest.base.fingerprint:
         raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
     make = engines.load(options.engine, manifest.task)
@@ -114,24 +114,14 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
     return Pool(Context(running, shared))
 
 
-def open_merged(
-    bundle: Path,
-    manifest: Manifest,
-    file: str,
-    options: OpeningOptions,
-    *,
-    base: SharedResources,
-    make_room: Callable[[float], None],
-) -> Pool:
+def open_merged(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions, *, base: SharedResources) -> Pool:
     """Check and load the merged model in `file`, which shares with the base what the models of one runtime share.
 
-    `make_room` is called with the MB of its weights and of one context before it is loaded. Errors as `open_base`.
+    Errors as `open_base`.
     """
     with unchanged(bundle, files_beside(manifest, file) if options.verify else ()):
-        path, parts, _ = _checked(bundle, manifest, file, options)
-        needed_mb = context_mb(manifest, options)
-        make_room(sum(part.stat().st_size for part in parts) / 1e6 + needed_mb)
-        _check_free(needed_mb, options)
+        path, _ = _checked(bundle, manifest, file, options)
+        _check_free(context_mb(manifest, options), options)
         running = _load(engines.load(options.engine), path, options, base.threads)
         store = None if base.prompts is None else base.prompts.store
         prompts, governor = _prompts(bundle, manifest, running, options, store), base.governor.beside()
@@ -153,10 +143,8 @@ def past_answers(
         return PastAnswers(tokenizer.vocab_size, path, adapters)
 
 
-def _checked(
-    bundle: Path, manifest: Manifest, file: str, options: OpeningOptions
-) -> tuple[Path, list[Path], str | None]:
-    """The path of a model, all its files, and its fingerprint, after their digests were compared."""
+def _checked(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> tuple[Path, str | None]:
+    """The path of a model, and its fingerprint, after the digests of all its files were compared."""
     path = resolve(bundle, file)
     if options.verify:
         # The file itself first: which others belong to it is read from it.
@@ -165,7 +153,7 @@ def _checked(
     if options.verify:
         root = bundle.resolve()
         verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in parts[1:]])
-    return path, parts, fingerprint
+    return path, fingerprint
 
 
 def _check_free(needed_mb: float, options: OpeningOptions) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, Unpack
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.checked_file import read_checked, write_checked
-from edgetune_runtime.serving.merged import MergedPool
+from edgetune_runtime.serving.adapters import MergedPool
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.cache import Key, SavedState
 from edgetune_runtime.states.store import KIND

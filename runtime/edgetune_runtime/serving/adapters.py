@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,12 @@ from typing import Protocol
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.limits import no_limits
+from edgetune_runtime.threads.machine import free_mb
 from edgetune_runtime.wording import CLOSED
 
 from .context import Context
 from .jobs import PromptJob
-from .merged import MergedPool
-from .places import Holder, Patience
+from .places import Holder, Patience, Places
 from .pool import Pool
 from .turns import POLL_S
 
@@ -32,7 +33,7 @@ class RemovedAdapterError(NotFoundError):
 class _Loaded:
     bytes: int
     is_pinned: bool = False
-    users: list[Holder] = field(default_factory=list)
+    users: set[Holder] = field(default_factory=set)
 
 
 class AdapterLoader(Protocol):
@@ -42,21 +43,30 @@ class AdapterLoader(Protocol):
         """Load an adapter."""
 
     def unload(self, name: str, /) -> None:
-        """Drop one from memory."""
+        """Drop one from memory, if it is there."""
 
     def bytes_of(self, entry: AdapterEntry, /) -> int:
         """The bytes that one takes while it is loaded."""
 
 
 class LoadedAdapters:
-    """The adapters in an engine, of up to `limit_mb` (10^6 bytes) in total. Thread-safe.
+    """The adapters that are loaded, of up to `limit_mb` (10^6 bytes) in total, or what memory is free. Thread-safe.
 
     `current` gives the adapters that there are: one that was removed or replaced since a call was prepared is refused.
     No lock is held while an adapter is loaded; one is loaded at a time. Calls with adapters that are there do not wait.
+    With `is_soft`, one that does not fit is loaded all the same, after those that no call uses were dropped.
     """
 
-    def __init__(self, loader: AdapterLoader, current: Callable[[], Entries], limit_mb: float) -> None:
-        self._loader, self._current, self._limit_mb = loader, current, limit_mb
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        current: Callable[[], Entries],
+        limit_mb: float | None,
+        *,
+        is_soft: bool = False,
+    ) -> None:
+        self._loader, self._current = loader, current
+        self._limit_mb, self._is_soft = limit_mb, is_soft
         # Not entered through the condition, as in `Places`.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -78,16 +88,20 @@ class LoadedAdapters:
         adapter that was removed, IncompatibleError for adapters that exceed the limit by themselves, UsageError when it
         would wait for streams of this thread alone, and what loading raises.
         """
-        try:
+        with self._releasing(holder):
             self._acquire(entries, holder, check)
             yield
-        finally:
+
+    @contextmanager
+    def use_loaded(self) -> Iterator[list[str]]:
+        """Keep the adapters that are loaded until the block ends, and give their names."""
+        holder = Holder()
+        with self._releasing(holder):
             with self._lock:
-                for loaded in [self._loaded[name] for name in entries if name in self._loaded]:
-                    # It is none where it was not acquired, as after Ctrl-C.
-                    if holder in loaded.users:
-                        loaded.users.remove(holder)
-                self._changed.notify_all()
+                for loaded in self._loaded.values():
+                    loaded.users.add(holder)
+                names = self.names
+            yield names
 
     @contextmanager
     def lease(self, pool: Pool | MergedPool, job: PromptJob, entries: Entries) -> Iterator[Context]:
@@ -110,7 +124,7 @@ class LoadedAdapters:
         with self._lock:
             pinned = {name: loaded.bytes for name, loaded in self._loaded.items() if loaded.is_pinned}
         total_mb = sum((pinned | dict(sizes)).values()) / 1e6
-        if total_mb > self._limit_mb:
+        if self._limit_mb is not None and total_mb > self._limit_mb:
             beside = " beside those that are preloaded" if pinned.keys() - sizes.keys() else ""
             names = " and ".join(map(repr, sizes))
             message = f"adapters_mb is {self._limit_mb:g}, and {names}{beside} need {total_mb:.1f} MB"
@@ -149,9 +163,10 @@ class LoadedAdapters:
                 if missing is None:
                     for name in entries:
                         self._loaded.move_to_end(name)
-                        self._loaded[name].users.append(holder)
+                        self._loaded[name].users.add(holder)
                     return
-                self.require_room({name: self._loader.bytes_of(entry) for name, entry in entries.items()})
+                if not self._is_soft:
+                    self.require_room({name: self._loader.bytes_of(entry) for name, entry in entries.items()})
                 victims = None if self._is_changing else self._victims(missing, entries)
                 if victims is None:
                     if not self._is_changing:
@@ -188,8 +203,7 @@ class LoadedAdapters:
 
     def _victims(self, missing: AdapterEntry, kept: Entries) -> list[str] | None:
         """The adapters to drop for one that is missing beside those that are `kept`; None if there is no room yet."""
-        size = self._loader.bytes_of(missing)
-        excess = sum(loaded.bytes for loaded in self._loaded.values()) + size - self._limit_mb * 1e6
+        excess = self._loader.bytes_of(missing) - self._room()
         victims = []
         for name, loaded in self._loaded.items():
             if excess <= 0:
@@ -197,7 +211,25 @@ class LoadedAdapters:
             if not loaded.users and not loaded.is_pinned and name not in kept:
                 victims.append(name)
                 excess -= loaded.bytes
-        return victims if excess <= 0 else None
+        return victims if excess <= 0 or self._is_soft else None
+
+    def _room(self) -> float:
+        """The bytes that are left."""
+        if self._limit_mb is not None:
+            return self._limit_mb * 1e6 - sum(loaded.bytes for loaded in self._loaded.values())
+        free = free_mb()
+        return math.inf if free is None else free * 1e6
+
+    @contextmanager
+    def _releasing(self, holder: Holder) -> Iterator[None]:
+        """Release after the block what the holder uses then."""
+        try:
+            yield
+        finally:
+            with self._lock:
+                for loaded in self._loaded.values():
+                    loaded.users.discard(holder)
+                self._changed.notify_all()
 
     def _check_current(self, entries: Entries) -> None:
         if self._is_closed:
@@ -206,3 +238,32 @@ class LoadedAdapters:
         for name, entry in entries.items():
             if current.get(name) is not entry:
                 raise RemovedAdapterError(f"adapter {name!r} was removed before the call began", "call again")
+
+
+class MergedPool:
+    """The contexts of a merged adapter: those of its own model in `pools`, which is open while `models` has it loaded.
+
+    All models share the `places` of calls.
+    """
+
+    def __init__(self, entry: AdapterEntry, places: Places, models: LoadedAdapters, pools: Mapping[str, Pool]) -> None:
+        self._entry, self.places, self._models, self._pools = entry, places, models, pools
+
+    @property
+    def first(self) -> Context:
+        """The model's first context, for measurements that need no other model."""
+        with self.opened() as pool:
+            return pool.first
+
+    @contextmanager
+    def take(self, job: PromptJob, holder: Holder) -> Iterator[Context]:
+        """Like `Pool.take`, on the merged model, which is opened if it is not open."""
+        name = self._entry.name
+        with self._models.use({name: self._entry}, holder, job.check), self._pools[name].take(job, holder) as context:
+            yield context
+
+    @contextmanager
+    def opened(self) -> Iterator[Pool]:
+        """The model's pool, which is not closed for others until the block ends."""
+        with self._models.use({self._entry.name: self._entry}, Holder()):
+            yield self._pools[self._entry.name]

@@ -25,9 +25,8 @@ def taken(loaded: LoadedBundle) -> list[object]:
             lock.release()
         else:
             found.append(f"the lock of {name}")
-    models = loaded._merged._models.values()
-    contexts = [context for pool in (loaded.base, *(model.pool for model in models)) for context in pool.contexts]
-    users = [one.users for one in (*loaded.adapters._loaded.values(), *models)]
+    contexts = [context for pool in (loaded.base, *loaded._models.pools.values()) for context in pool.contexts]
+    users = [one.users for all_loaded in (loaded.adapters, loaded._merged) for one in all_loaded._loaded.values()]
     return [*found, *loaded.base.places._running, *filter(None, users), *filter(None, (one.holder for one in contexts))]
 
 

@@ -94,7 +94,7 @@ def test_merged_models_that_no_call_uses_are_closed_when_the_next_one_does_not_f
     wide = open_(contexts=2, on_event=events.append)
     expected = {name: wide.generate(PROMPT, adapter=name, max_tokens=6).text for name in MODELS}
     assert len(set(expected.values())) == 3
-    size_mb = max(model.mb for model in loaded_bundle(wide)._merged._models.values())
+    size_mb = max(model.bytes for model in loaded_bundle(wide)._merged._loaded.values()) / 1e6
     narrow = open_(contexts=2, merged_mb=1.5 * size_mb, on_event=events.append)
     events.clear()
     for name in ("whole", "other", "other", "whole", None):
