@@ -35,7 +35,7 @@ def enter_until(place: int, manager: Callable[[], AbstractContextManager[object]
         with manager():
             sys.setprofile(None)
     except KeyboardInterrupt:
-        return True
+        pass
     finally:
         sys.setprofile(None)
-    return False
+    return left < 0

@@ -42,6 +42,8 @@ class BundleAdapterLoader:
             return
         begin = time.perf_counter()
         with self._files.reading(entry, self._files.weights_of(entry)) as path:
+            # Ctrl-C may have left another one of this name.
+            self._running.unload(entry.name)
             self._running.load(entry, path, self._manifest().base.fingerprint)
         elapsed_s = time.perf_counter() - begin
         _LOG.debug("loaded adapter %r in %.1f ms", entry.name, elapsed_s * 1e3)
@@ -87,6 +89,8 @@ class MergedModelLoader:
         """Check and open the model of a merged adapter; errors as those of `open_merged`."""
         begin, name = time.perf_counter(), entry.name
         assert isinstance(self._running, Pool)
+        # As above.
+        self.unload(name)
         base, folder, file = self._running.first.shared, self._files.folder_of(name), self._files.weights_of(entry)
         pool = open_merged(folder, self._manifest(), file, self._options, base=base)
         with self._running.tokenizer() as tokenizer:

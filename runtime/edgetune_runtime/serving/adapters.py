@@ -72,7 +72,9 @@ class LoadedAdapters:
         self._changed = threading.Condition(self._lock)
         # The least recently used first.
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
-        self._is_changing = self._is_closed = False
+        self._changer: Holder | None = None
+        """What loads or unloads adapters."""
+        self._is_closed = False
 
     @property
     def names(self) -> list[str]:
@@ -135,23 +137,24 @@ class LoadedAdapters:
 
         UsageError if only streams of this thread use it.
         """
-        patience = Patience()
-        with self._lock:
-            while self._is_changing or (name in self._loaded and self._loaded[name].users):
-                if not self._is_changing:
-                    patience.check(self._loaded[name].users)
-                self._changed.wait(POLL_S)
-            if self._loaded.pop(name, None) is None:
-                return
-            self._is_changing = True
-        self._change([name])
+        patience, changer = Patience(), Holder()
+        with self._releasing(changer):
+            with self._lock:
+                while self._changer or (name in self._loaded and self._loaded[name].users):
+                    if not self._changer:
+                        patience.check(self._loaded[name].users)
+                    self._changed.wait(POLL_S)
+                if self._loaded.pop(name, None) is None:
+                    return
+                self._changer = changer
+            self._change([name])
 
     def close(self) -> None:
         """Refuse all calls from now on, also those that wait, and wait until none loads an adapter."""
         with self._lock:
             self._is_closed = True
             self._changed.notify_all()
-            while self._is_changing:
+            while self._changer:
                 self._changed.wait()
 
     def _acquire(self, entries: Entries, holder: Holder, check: Callable[[], None]) -> None:
@@ -167,13 +170,13 @@ class LoadedAdapters:
                     return
                 if not self._is_soft:
                     self.require_room({name: self._loader.bytes_of(entry) for name, entry in entries.items()})
-                victims = None if self._is_changing else self._victims(missing, entries)
+                victims = None if self._changer else self._victims(missing, entries)
                 if victims is None:
-                    if not self._is_changing:
+                    if not self._changer:
                         patience.check(user for loaded in self._loaded.values() for user in loaded.users)
                     self._changed.wait(POLL_S)
                 else:
-                    self._is_changing = True
+                    self._changer = holder
                     for name in victims:
                         del self._loaded[name]
             if victims is None:
@@ -182,24 +185,22 @@ class LoadedAdapters:
                 self._change(victims, missing)
 
     def _change(self, victims: Sequence[str], entry: AdapterEntry | None = None) -> None:
-        """Unload adapters, then load one, while `_is_changing` keeps others from it."""
-        loaded: dict[str, _Loaded] = {}
-        try:
-            for name in victims:
-                self._loader.unload(name)
-            if entry is not None:
+        """Unload adapters, then load one, while `_changer` keeps others from it."""
+        for name in victims:
+            self._loader.unload(name)
+        loaded = {}
+        if entry is not None:
+            try:
                 self._loader.load(entry)
                 loaded[entry.name] = _Loaded(self._loader.bytes_of(entry))
-        except BaseException:
-            # The engine may have loaded it before its file proved to be another one.
-            if entry is not None:
+            except BaseException:
+                # The engine may have loaded it before its file proved to be another one.
                 self._loader.unload(entry.name)
-            raise
-        finally:
-            with self._lock:
-                self._is_changing = False
-                self._loaded.update(loaded)
-                self._changed.notify_all()
+                raise
+        with self._lock:
+            self._changer = None
+            self._loaded.update(loaded)
+            self._changed.notify_all()
 
     def _victims(self, missing: AdapterEntry, kept: Entries) -> list[str] | None:
         """The adapters to drop for one that is missing beside those that are `kept`; None if there is no room yet."""
@@ -222,13 +223,15 @@ class LoadedAdapters:
 
     @contextmanager
     def _releasing(self, holder: Holder) -> Iterator[None]:
-        """Release after the block what the holder uses then."""
+        """Release after the block what the holder uses or changes then, as after Ctrl-C."""
         try:
             yield
         finally:
             with self._lock:
                 for loaded in self._loaded.values():
                     loaded.users.discard(holder)
+                if self._changer is holder:
+                    self._changer = None
                 self._changed.notify_all()
 
     def _check_current(self, entries: Entries) -> None:

@@ -96,7 +96,8 @@ class Places:
         self.forks: list[Fork] = []
         self._max_waiting, self._waiting = max_waiting, 0
         self._running: set[Holder] = set()
-        self._is_forking = self._is_closed = False
+        self._forking: Holder | None = None
+        self._is_closed = False
 
     @contextmanager
     def enter(self, check: Callable[[], None]) -> Iterator[Holder]:
@@ -116,29 +117,31 @@ class Places:
         finally:
             with self.gate:
                 self._running.discard(holder)
+                if self._forking is holder:
+                    self._forking = None
                 self.changed.notify_all()
 
-    def may_fork(self) -> bool:
-        """Whether a context may be made beside a first one; `forked` must follow. Call it in the gate.
+    def may_fork(self, holder: Holder) -> bool:
+        """Whether a call may make a context beside a first one; `forked` has to follow. Call it in the gate.
 
         For this, an idle one is freed if need be: that of another model, as a call takes those of its own.
         """
-        if self._is_forking or (len(self.forks) >= self.limit - 1 and not self._retire_idle()):
+        if self._forking or (len(self.forks) >= self.limit - 1 and not self._retire_idle()):
             return False
-        self._is_forking = True
+        self._forking = holder
         return True
 
-    def forked(self, fork: Fork | None, failure: Exception | None) -> None:
-        """Count the context that `may_fork` allowed, unless making it was interrupted. Call it in the gate.
+    def forked(self, made: Fork | Exception) -> None:
+        """Count the context that `may_fork` allowed, or lower the limit after an error. Call it in the gate.
 
-        After a failure the limit is lowered to the contexts that there are, unless an idle one can be freed.
+        The limit is then the number of contexts that there are, unless an idle one can be freed.
         """
-        self._is_forking = False
-        if fork is not None:
-            self.forks.append(fork)
-        elif failure is not None and not self._retire_idle():
+        self._forking = None
+        if not isinstance(made, Exception):
+            self.forks.append(made)
+        elif not self._retire_idle():
             self.limit = len(self.forks) + 1
-            _LOG.warning("from now on at most %d calls run at the same time: %s", self.limit, failure)
+            _LOG.warning("from now on at most %d calls run at the same time: %s", self.limit, made)
         self.changed.notify_all()
 
     def close(self) -> None:

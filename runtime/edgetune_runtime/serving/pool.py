@@ -31,7 +31,7 @@ class Pool:
         self.first = first
         self.places = first.shared.places
         self._contexts = [first]
-        self._uses = 0
+        self._uses: set[object] = set()
         self._is_closed = False
 
     @property
@@ -52,7 +52,9 @@ class Pool:
             context = self._acquire(job, holder)
             yield context
         finally:
-            # Ctrl-C may have come before it was returned.
+            # Ctrl-C may have come before it was made or returned.
+            with self.places.gate:
+                self._uses.discard(holder)
             for held in self._contexts if context is None else [context]:
                 if held.holder is holder:
                     held.release()
@@ -63,14 +65,15 @@ class Pool:
 
         Any number of threads may use it at the same time.
         """
-        with self.places.gate:
-            self._check_open()
-            self._uses += 1
+        use = object()
         try:
+            with self.places.gate:
+                self._check_open()
+                self._uses.add(use)
             yield self.first.engine.tokenizer
         finally:
             with self.places.gate:
-                self._uses -= 1
+                self._uses.discard(use)
                 self.places.changed.notify_all()
 
     @contextmanager
@@ -162,29 +165,29 @@ class Pool:
                     context = max(free, key=lambda context: context.reusable_tokens(job))
                     context.holder = holder
                     return context
-                makes_one = self.places.may_fork()
-                self._uses += makes_one
-                if not makes_one:
+                makes_one = self.places.may_fork(holder)
+                if makes_one:
+                    self._uses.add(holder)
+                else:
                     patience.check(context.holder for context in contexts if context.holder is not None)
                     self.places.changed.wait(POLL_S)
             if makes_one:
-                self._fork()
+                self._fork(holder)
             job.check()
 
-    def _fork(self) -> None:
+    def _fork(self, holder: Holder) -> None:
         """Make a context, without the gate, while it counts as a use; without memory calls wait for those there are."""
-        fork = failure = None
+        made: Context | Exception
         try:
-            fork = self.first.fork()
+            made = self.first.fork()
         except (EdgetuneError, MemoryError) as error:
-            failure = error
-        finally:
-            with self.places.gate:
-                self._uses -= 1
-                if fork is not None:
-                    self._contexts.append(fork)
-                    _LOG.debug("created context %d of its model", len(self._contexts))
-                self.places.forked(fork, failure)
+            made = error
+        with self.places.gate:
+            self._uses.discard(holder)
+            if isinstance(made, Context):
+                self._contexts.append(made)
+                _LOG.debug("created context %d of its model", len(self._contexts))
+            self.places.forked(made)
 
     def _held(self, owner: str | None = None) -> Iterator[Context]:
         """The contexts, or those whose sequence is an owner's, each held while it is looked at."""

@@ -25,22 +25,57 @@ def taken(loaded: LoadedBundle) -> list[object]:
             lock.release()
         else:
             found.append(f"the lock of {name}")
-    contexts = [context for pool in (loaded.base, *loaded._models.pools.values()) for context in pool.contexts]
-    users = [one.users for all_loaded in (loaded.adapters, loaded._merged) for one in all_loaded._loaded.values()]
-    return [*found, *loaded.base.places._running, *filter(None, users), *filter(None, (one.holder for one in contexts))]
+    pools, all_loaded, places = (
+        [loaded.base, *loaded._models.pools.values()],
+        (loaded.adapters, loaded._merged),
+        loaded.base.places,
+    )
+    contexts = [context for pool in pools for context in pool.contexts]
+    users = [user for adapters in all_loaded for one in adapters._loaded.values() for user in one.users]
+    changers = [*(adapters._changer for adapters in all_loaded), places._forking, *(one.holder for one in contexts)]
+    return [*found, *places._running, *users, *(use for pool in pools for use in pool._uses), *filter(None, changers)]
 
 
-@pytest.mark.parametrize("adapter", ["one", "whole"])
-def test_an_interrupt_leaves_nothing_taken(adapter: str, merged_bundle: Path, threads: ThreadPoolExecutor) -> None:
-    runtime = Runtime.open(merged_bundle, contexts=1, disk_mb=0)
+def forget(loaded: LoadedBundle) -> None:
+    """Let the next call load its adapters, and make a context if no other one is free."""
+    for adapters in (loaded._merged, loaded.adapters):
+        for name in adapters.names:
+            adapters.remove(name)
+    with loaded.base.places.gate:
+        loaded.base.places._retire_idle()
+
+
+# A generator that is dropped before its end swallows an interrupt.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("adapter", "is_first"), [("one", False), ("one", True), ("whole", False), (None, False), (None, True)]
+)
+def test_an_interrupt_leaves_nothing_taken(
+    adapter: str | None, is_first: bool, merged_bundle: Path, threads: ThreadPoolExecutor
+) -> None:
+    runtime = Runtime.open(merged_bundle, contexts=2, disk_mb=0)
     loaded, place = loaded_bundle(runtime), 0
     with loaded.lease(adapter, [1]):
         pass
-    while enter_until(place, lambda: loaded.lease(adapter, [1])):
-        assert threads.submit(taken, loaded).result(MOST_S) == [], f"at place {place}"
-        place += 1
+    with loaded.base.first.hold():
+        before = threads.submit(taken, loaded).result(MOST_S)
+        while enter_until(place, lambda: loaded.lease(adapter, [1])):
+            assert threads.submit(taken, loaded).result(MOST_S) == before, f"at place {place}"
+            if is_first:
+                threads.submit(forget, loaded).result(MOST_S)
+            place += 1
     assert place > 20
     threads.submit(runtime.close).result(MOST_S)
+
+
+def test_an_interrupt_before_a_tokenizer_is_used_lets_the_runtime_close(bundle: Path) -> None:
+    runtime = Runtime.open(bundle, contexts=1, disk_mb=0)
+    base, place = loaded_bundle(runtime).base, 0
+    while enter_until(place, base.tokenizer):
+        assert not base._uses, f"at place {place}"
+        place += 1
+    assert place > 1
+    runtime.close()
 
 
 def test_an_interrupt_while_a_context_is_made_leaves_others_to_make_it(
