@@ -61,11 +61,12 @@ def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> Uns
     check_min_confidence(min_confidence)
     if call.route is not None and not call.route.is_known:
         return None
+    name, entry = next(iter(call.entries.items()), (None, None))
+    own = None if entry is None else entry.unsure
     if call.stopped:
         # Whether it has curves is not known, and nothing answers in its place.
-        return None if min_confidence is None else UnsureRule(min_confidence)
-    name, entry = next(iter(call.entries.items()), (None, None))
-    rule = entry.unsure if entry is not None and call.curves else None
+        return own if min_confidence is None else UnsureRule(min_confidence)
+    rule = own if call.curves else None
     if min_confidence is not None:
         rule = replace(rule or UnsureRule(min_confidence), min_confidence=min_confidence)
     # Whoever is routed does not know which adapter answers, and which of them have a confidence.

@@ -163,6 +163,8 @@ def test_the_rule_of_the_bundle_applies_where_a_call_has_none(
         other = runtime.generate(PROMPT, adapter="command", unsure="tone", **ends)
         assert (other.instead, other.is_unsure) == ("tone", True)
         assert not runtime.generate(PROMPT, adapter="command", min_confidence=SURE, **ends).is_unsure
+        stopped = runtime.generate(PROMPT, adapter="command", deadline_s=1e-6)
+        assert (stopped.text, stopped.stop_reason, stopped.is_unsure) == ("", "deadline", True)
         # Neither has a confidence that the rule could be about.
         assert not runtime.generate(PROMPT, **ends).is_unsure
         assert not runtime.generate(PROMPT, adapter="command", choices=["on", "off"]).is_unsure
