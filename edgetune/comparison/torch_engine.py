@@ -30,7 +30,6 @@ class TorchEngine:
     max_rollback = None
     threads = 1
     adjusts_threads = False
-    kv_bytes = 0.0
     signatures = ("torch",)
 
     def __init__(

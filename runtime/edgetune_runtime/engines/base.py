@@ -144,10 +144,6 @@ class Engine(Protocol):
         """
 
     @property
-    def kv_bytes(self) -> float:
-        """Bytes per number in the KV cache."""
-
-    @property
     def threads(self) -> int:
         """Maximum number of threads of a step: what the engine was opened with, by default one per available core."""
 

@@ -42,6 +42,6 @@ def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) 
     """A runtime on an existing engine, called `name`, without a state cache; closing it closes the engine."""
     options = OpeningOptions(name, engine.context_length, engine.threads, verify=False)
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
-    kv_bytes = int(manifest.base.kv_values_per_token * engine.kv_bytes)
-    shared = SharedResources(manifest.base.fingerprint, kv_bytes, StateCache(0), governor)
+    # No state of any size fits in that cache.
+    shared = SharedResources(manifest.base.fingerprint, 1, StateCache(0), governor)
     return Runtime(bundle, LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options, VersionsInUse()))

@@ -100,7 +100,7 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
             _LOG.warning("states of prompts are not saved on disk: %s", error)
     shared = SharedResources(
         digest_of_model(manifest.files, file),
-        int(manifest.base.kv_values_per_token * running.kv_bytes),
+        round(needed_mb * 1e6 / options.context_length),
         StateCache(options.cache_mb, options.emit),
         Governor(running.threads, adjusts=running.adjusts_threads),
         {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation},

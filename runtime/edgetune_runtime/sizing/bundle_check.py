@@ -14,7 +14,7 @@ from edgetune_runtime.threads.machine import free_mb, own_mb
 from .calibration import Calibration, MeasuredSpeed, figures_of, measure
 from .figures import SpeedFigures
 from .machine_speed import read_bandwidth
-from .needs import items_of, kept_mb
+from .needs import items_of, kept_of
 from .speed import adapter_seconds, prefill_speed, token_seconds
 
 _LAPTOP_LAYER_US = 10
@@ -49,7 +49,7 @@ def check_bundle(
         items = items_of(needs, repacks=repacks)
         needed = sum(item.mb for item in items)
         report["memory_mb"] = {item.name: round(item.mb, 1) for item in items} | {"needed": round(needed, 1)}
-        kept = kept_mb(needs, repacks=repacks)
+        kept = kept_of(items)
         # What this process has already is part of what the bundle needs.
         own = own_mb()
         if free is not None and kept > free + own:

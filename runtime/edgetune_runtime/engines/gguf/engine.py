@@ -23,7 +23,6 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats import BASE_FINGERPRINT
 from edgetune_runtime.formats.gguf_adapter import check_adapter, invocation_of
 from edgetune_runtime.formats.gguf_file import read_header
-from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 
@@ -95,7 +94,6 @@ class GgufEngine:
 
     def _begin(self, base: GgufBase, context_length: int, threads: int) -> None:
         self._base, self.context_length, self.threads = base, context_length, threads
-        self.kv_bytes = TENSOR_TYPES[self._kv].bytes_per_value
         self.logits_excess = max(0.0, base.header.output_share - _MEASURED_OUTPUT_SHARE)
         self._adapters = base.adapters
         self._prefix: PrefixState | None = None

@@ -79,8 +79,6 @@ class OnnxEngine:
     EVEN_ROWS: ClassVar[int] = 2
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
-    # Keys and values are f32.
-    kv_bytes = 4.0
     adjusts_threads = False
 
     def __init__(
