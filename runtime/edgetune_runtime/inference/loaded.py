@@ -62,7 +62,6 @@ class LoadedBundle:
         self.adapters = LoadedAdapters(self._loader, lambda: self.manifest.adapters, options.adapters_mb)
         self._models = MergedModelLoader(running, self.files, lambda: self.manifest, options)
         self._merged = LoadedAdapters(self._models, lambda: self.manifest.adapters, options.merged_mb, is_soft=True)
-        self._merged_pools: dict[str, MergedPool] = {}
         self._constraints = Constraints()
         self.router = Router(folder, manifest, verify=options.verify)
         self.replaced = ReplacedAdapters()
@@ -118,8 +117,7 @@ class LoadedBundle:
         if len(scales) > 1 or scales[merged.name] != 1:
             message = f"adapter {merged.name!r} is merged, so it cannot be scaled or added to others"
             raise IncompatibleError(message, "use it alone with scale 1")
-        pool = MergedPool(merged, base.places, self._merged, self._models.pools)
-        return self._merged_pools.setdefault(merged.name, pool), {}
+        return MergedPool(merged, base.places, self._merged, self._models.pools), {}
 
     def call(
         self,
@@ -308,7 +306,6 @@ class LoadedBundle:
         self._merged.remove(name)
         if isinstance(self._running, Pool):
             self._running.drop_adapter(name)
-        self._merged_pools.pop(name, None)
         self.files.forget(name)
         if self._past is not None:
             self._past.forget(name)

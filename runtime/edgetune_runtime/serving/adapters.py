@@ -243,14 +243,17 @@ class LoadedAdapters:
                 raise RemovedAdapterError(f"adapter {name!r} was removed before the call began", "call again")
 
 
+@dataclass(frozen=True)
 class MergedPool:
     """The contexts of a merged adapter: those of its own model in `pools`, which is open while `models` has it loaded.
 
     All models share the `places` of calls.
     """
 
-    def __init__(self, entry: AdapterEntry, places: Places, models: LoadedAdapters, pools: Mapping[str, Pool]) -> None:
-        self._entry, self.places, self._models, self._pools = entry, places, models, pools
+    entry: AdapterEntry
+    places: Places
+    models: LoadedAdapters
+    pools: Mapping[str, Pool]
 
     @property
     def first(self) -> Context:
@@ -261,12 +264,12 @@ class MergedPool:
     @contextmanager
     def take(self, job: PromptJob, holder: Holder) -> Iterator[Context]:
         """Like `Pool.take`, on the merged model, which is opened if it is not open."""
-        name = self._entry.name
-        with self._models.use({name: self._entry}, holder, job.check), self._pools[name].take(job, holder) as context:
+        name = self.entry.name
+        with self.models.use({name: self.entry}, holder, job.check), self.pools[name].take(job, holder) as context:
             yield context
 
     @contextmanager
     def opened(self) -> Iterator[Pool]:
         """The model's pool, which is not closed for others until the block ends."""
-        with self._models.use({self._entry.name: self._entry}, Holder()):
-            yield self._pools[self._entry.name]
+        with self.models.use({self.entry.name: self.entry}, Holder()):
+            yield self.pools[self.entry.name]
