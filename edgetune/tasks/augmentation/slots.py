@@ -74,9 +74,10 @@ class SlottedRow:
         return said_numbers(_without(self.said, self.slots))
 
     def is_elsewhere(self, slot: Slot) -> bool:
-        """Whether the texts may have the value of a slot in another role, as in `book a book`, or in another form too,
-        which would stay as it is: in English only as a part of a word, as in compounds; other languages also have other
-        endings.
+        """Whether the texts may have the value of a slot in another role or form too.
+
+        In another role if a text has it more often than the answer, as in `book a book`. In another form, which would
+        stay as it is, in English only as a part of a word, as in compounds; other languages also have other endings.
         """
         in_text = Counter(self.said.count(BETWEEN_TEXTS, 0, mention.start) for mention in slot.mentions)
         if max(in_text.values()) > len(slot.paths):
