@@ -26,6 +26,8 @@ def empty_weights() -> Iterator[None]:
         def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if parameter is not None and get_ident() == own_thread:
                 parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                # So that transformers spends no time on random values for it.
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             register(module, name, parameter)
 
         with patch.object(nn.Module, "register_parameter", register_empty):
