@@ -18,7 +18,7 @@ from edgetune_runtime.errors import UsageError
 
 from .common.base import rate_factor
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import Alpha, LowRankOptions, Rank, targets_among
+from .common.peft import Alpha, LowRankOptions, Rank, save_peft, targets_among
 
 if TYPE_CHECKING:
     from edgetune_export.architectures.shape import SizedModule
@@ -63,7 +63,7 @@ class Pissa(LoraCheckpoint[PissaOptions]):
         config = model.peft_config["default"]
         # Otherwise PEFT would compute the initialization again when it loads it.
         config.init_lora_weights = True
-        model.save_pretrained(model.start.name)
+        save_peft(model, Path(model.start.name))
         config.init_lora_weights = self.start
         return model
 
@@ -73,8 +73,7 @@ class Pissa(LoraCheckpoint[PissaOptions]):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write a LoRA of twice the rank for the original base."""
-        start = model.start.name
-        model.save_pretrained(str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=start)
+        save_peft(model, folder, path_initial_model_for_weight_conversion=model.start.name)
 
     def detach(self, model: PeftModel) -> None:
         """Remove PEFT's layers; the base still lacks the initial product."""

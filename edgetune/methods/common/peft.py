@@ -106,7 +106,7 @@ class PeftMethod(Method[O]):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write PEFT's folder."""
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        save_peft(model, folder)
 
     def detach(self, model: PeftModel) -> None:
         """Remove PEFT's layers from the base."""
@@ -155,6 +155,12 @@ def peft_model(checkpoint: Checkpoint) -> Iterator[PeftModel]:
         yield model
     finally:
         model.unload()
+
+
+def save_peft(model: PeftModel, folder: Path, **options: object) -> None:
+    """Write PEFT's folder, without the model card, which takes longer than the weights of a small adapter."""
+    model.create_or_update_model_card = lambda _folder: None
+    model.save_pretrained(str(folder), save_embedding_layers=False, **options)
 
 
 def load_peft(checkpoint: Checkpoint) -> PeftModel:

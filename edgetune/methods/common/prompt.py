@@ -13,7 +13,7 @@ from edgetune_runtime.errors import IncompatibleError
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, TrainedModules
-from .peft import array, load_peft, no_grad, peft_config
+from .peft import array, load_peft, no_grad, peft_config, save_peft
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,7 +98,7 @@ class PromptMethod(Method[P]):
     def save(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - PEFT carries no types
         """Write PEFT's folder; if a network generates the virtual tokens, only its output is saved."""
         model.eval()
-        model.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        save_peft(model.peft, folder)
 
     def detach(self, model: torch.nn.Module) -> None:
         """Does nothing, because PEFT wraps the base and does not change it."""
