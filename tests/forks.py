@@ -16,26 +16,29 @@ from pathlib import Path
 
 DEVNULL = subprocess.DEVNULL
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["transformers.models.auto"])
+# transformers.models.auto alone imports neither torch nor any of what loads a tokenizer.
+_FORKS.set_forkserver_preload(["transformers.modeling_utils", "transformers.models.auto.tokenization_auto"])
 
 
 def run(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, **_: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -P FILE …`; standard output is not kept."""
+    """Run `python -P FILE …` or `python -P -m MODULE …`, and keep what it prints."""
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder, "stderr")
-        process = _FORKS.Process(target=_main, args=(list(command[2:]), dict(env or {}), said))
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = _FORKS.Process(target=_main, args=(list(command[2:]), dict(env or {}), files))
         process.start()
         process.join()
         assert process.exitcode is not None
-        return subprocess.CompletedProcess(command, process.exitcode, "", said.read_text(encoding="utf-8"))
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        return subprocess.CompletedProcess(command, process.exitcode, *texts)
 
 
-def _main(words: list[str], variables: Mapping[str, str], said: Path) -> None:
+def _main(words: list[str], variables: Mapping[str, str], files: Sequence[Path]) -> None:
     os.environ.update(variables)
-    with said.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    for descriptor, path in enumerate(files, start=1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    is_module = words[0] == "-m"
+    sys.argv = words[is_module:]
+    (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")

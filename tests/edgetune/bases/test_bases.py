@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -12,6 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import forks
 import gguf
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ import torch
 from edgetune_export import architectures
 from edgetune_export.architectures.layout import base_columns
 from edgetune_export.architectures.shape import BaseShape
+from edgetune_export.base_file import run_converter
 from edgetune_export.base_file.convert import find_converter
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
@@ -216,10 +216,9 @@ def test_the_text_part_of_a_multimodal_base_is_used_as_its_gguf_file(
     Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     message = "is a multimodal model (gemma3), of which only the text part can be a base; use its .gguf file"
     assert_refused(IncompatibleError, message, lambda: resolve("both"))
-    script = find_converter()
-    command = [sys.executable, str(script), str(folder), "--outfile", str(tmp_path / "text.gguf")]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
-    subprocess.run(command, env=environment, capture_output=True, check=True)
+    command = [sys.executable, "-P", str(run_converter.__file__), str(find_converter()), str(folder)]
+    done = forks.run([*command, "--outfile", str(tmp_path / "text.gguf")])
+    assert done.returncode == 0, done.stderr
     assert bases.load_torch(resolve("text.gguf"), torch.float32).config.model_type == "gemma3_text"
 
 
@@ -252,6 +251,7 @@ def test_a_folder_that_names_no_context_length_is_refused(
         assert_refused(IncompatibleError, "has no llama.context_length", lambda: resolve("base"))
 
 
+@pytest.mark.usefixtures("forked_converter")
 @pytest.mark.parametrize("quantization", ["q8_0", "f16"])
 def test_a_folder_is_converted_once(
     quantization: str,

@@ -37,7 +37,7 @@ def found(
         # torch and transformers, which take half as long to import as all trainings, are there already.
         done = forks.run([sys.executable, "-P", simulated_trainings.__file__, str(base.path)])
         assert done.returncode == 0, done.stderr
-        out.write_text(done.stderr.splitlines()[-1], encoding="utf-8")
+        out.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
 
     told: dict[str, Any] = json.loads(once("simulated-trainings.json", train).read_text(encoding="utf-8"))
     assert list(told) == CASES
