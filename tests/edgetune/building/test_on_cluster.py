@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -24,11 +24,13 @@ import torch
 from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError
 from filelock import FileLock
-from recipes import adapter_of, lights, make_recipe
+from recipes import NAME, adapter_of, lights, make_recipe
 from trainings import QUIET, Listening, modified
 from waiting import wait_for
 
 from edgetune.building.pipeline import build
+from edgetune.cli.main import main
+from edgetune.common.cluster import connected
 from edgetune.recipe.model import Recipe
 
 LORA = {"name": "lora", "r": 2}
@@ -52,7 +54,10 @@ class LocalCluster:
         self.ray = ray
         self.lasting: list[Any] = []
         self.cluster = Cluster(initialize_head=True, head_node_args=self._sizes(0))
-        ray.init(address=self.cluster.address, log_to_driver=False)
+        self.connect()
+
+    def connect(self) -> None:
+        self.ray.init(address=self.cluster.address, log_to_driver=False)
 
     def add(self, cpus: int = 1, **options: Any) -> Any:  # noqa: ANN401 - as above
         return self.cluster.add_node(**self._sizes(cpus), **options)
@@ -260,21 +265,34 @@ def test_a_node_of_another_version_is_left_out(
     assert re.match(rf"no node of the cluster can run blinds: node \S+ \(\w+\) is left out: {what}", str(error.value))
 
 
-def test_the_command_finds_the_cluster_and_reserves_a_gpu_if_there_is_one(
-    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+def test_the_command_reserves_a_gpu_if_there_is_one(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.have(0)
     cluster.add(2, num_gpus=1)
     recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1])
-    command = [sys.executable, "-m", "edgetune", "build", "recipe.yaml", "--out", "home", "--engine", "ray", "--json"]
-    environment = {**os.environ, "RAY_ADDRESS": cluster.cluster.address}
-    free_gpus = set()
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
-        while process.poll() is None:
+    free_gpus, ended = set(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
             free_gpus.add(cluster.ray.available_resources().get("GPU", 0))
-            time.sleep(0.1)
-        out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "training 1 adapters on the cluster; GPUs for each: 1\nblinds: trained\n" in err
-    assert list(json.loads(out)["adapters"]) == ["blinds"]
+
+    with ThreadPoolExecutor() as threads:
+        threads.submit(watch)
+        code = main(["build", str(tmp_path / NAME), "--out", str(tmp_path / "home"), "--engine", "ray", "--json"])
+        ended.set()
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "training 1 adapters on the cluster; GPUs for each: 1\nblinds: trained\n" in printed.err
+    assert list(json.loads(printed.out)["adapters"]) == ["blinds"]
     assert free_gpus == {0, 1}
+
+
+def test_the_cluster_is_found_by_its_address(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.cluster.address)
+    nodes = {node["NodeID"] for node in cluster.ray.nodes()}
+    cluster.ray.shutdown()
+    with connected():
+        found = {node["NodeID"] for node in cluster.ray.nodes()}
+    cluster.connect()
+    assert found == nodes

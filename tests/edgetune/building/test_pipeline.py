@@ -109,12 +109,9 @@ def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
         assert runtime.generate(QUESTION, max_tokens=8).text == answers[0]
 
 
-@pytest.mark.usefixtures("forked_converter")
-def test_a_base_with_recurrent_layers_is_converted_trained_and_answers(
-    tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_base_with_recurrent_layers_is_trained_and_answers(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     keys: dict[str, Any] = {"quantization": "q8_0", "targets": ["gguf", "onnx"]}
-    recipe = recipe_of(tmp_path, tiny_folder("lfm2"), ("plain", "whole"), **keys)
+    recipe = recipe_of(tmp_path, tiny_gguf("lfm2"), ("plain", "whole"), **keys)
     result = build(recipe, tmp_path / "home", progress=QUIET)
     assert set(result.figures) == {"plain", "whole"}
     manifest = read_manifest(tmp_path / "home")
@@ -235,17 +232,17 @@ def test_a_merged_model_in_float32_is_compared_as_one_of_the_type_that_it_was_ro
     assert parity.TOLERANCE_KL_MERGED["f32"] < kl <= parity.TOLERANCE_KL_MERGED["q5_0"]
 
 
-@pytest.mark.parametrize("merged", ["f16", "q8_0", None])
 def test_the_plan_has_the_size_of_a_merged_model_in_its_own_quantization(
-    merged: str | None, tiny_gguf: Callable[[str], Path], tmp_path: Path
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    # DoRA is not trained on a grid.
+    # DoRA is not trained on a grid, so that one training does for all.
     adapters = {"whole": adapter_of({"name": "dora", "r": 4}, merged=True)}
-    keys = {"quantization": "q4_0", "merged_quantization": merged, "data": {"rows.jsonl": lights()}}
-    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, **keys)
-    manifest = read_manifest(build(recipe, tmp_path / "home", progress=QUIET).bundle)
-    written = manifest.files[manifest.adapters["whole"].files["gguf"]].bytes
-    assert plan_build(recipe).plan.adapters["whole"].bytes_by_format["gguf"] == pytest.approx(written, rel=0.02)
+    for merged in ("f16", "q8_0", None):
+        keys = {"quantization": "q4_0", "merged_quantization": merged, "data": {"rows.jsonl": lights()}}
+        recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, **keys)
+        manifest = read_manifest(build(recipe, tmp_path / "home", progress=QUIET).bundle)
+        written = manifest.files[manifest.adapters["whole"].files["gguf"]].bytes
+        assert plan_build(recipe).plan.adapters["whole"].bytes_by_format["gguf"] == pytest.approx(written, rel=0.02)
 
 
 def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(

@@ -16,7 +16,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 from recipes import adapter_of, lights, write_recipe, write_rows
 from safetensors.numpy import save_file
-from trainings import QUIET
+from trainings import QUIET, Listening
 from waiting import wait_for
 
 import edgetune
@@ -24,7 +24,7 @@ from edgetune.cli.main import main
 from edgetune.common.module_process import write_request
 from edgetune.common.progress import Progress
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
-from edgetune.comparison.engines import outcome_of
+from edgetune.comparison.engines import outcome_of, run_here
 from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
 from edgetune.comparison.sweep import Comparison, compare
@@ -450,17 +450,10 @@ def test_an_interrupt_reports_how_many_trials_are_finished(request_of: Callable[
         compare(request, run, QUIET)
 
 
-def test_ctrl_c_ends_the_trial_that_runs_and_the_command(request_of: Callable[..., Request], tmp_path: Path) -> None:
-    request = request_of(out=tmp_path / "out")
-    arguments = ["compare", str(request.recipe), "--task", "lights", "--methods", "lora", "--out", str(request.out)]
-    command = [sys.executable, "-m", "edgetune", *arguments, "--set", "training.max_steps=100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stderr is not None
-        first = next(line for line in process.stderr if line.startswith("lora-r4: "))
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-    assert process.returncode == CancelledError.exit_code, first + rest
-    assert rest.splitlines()[-1].startswith("edgetune: comparison stopped with 0 of 1 trials finished; ")
+def test_an_interrupt_ends_the_trial_that_runs(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    request = request_of(out=tmp_path / "out", settings={"training.max_steps": 100_000})
+    with pytest.raises(CancelledError, match="comparison stopped with 0 of 1 trials finished; "):
+        compare(request, run_here, Listening(stop_at="lora-r2: "))
     wait_for(lambda: not running(tmp_path))
 
 

@@ -151,9 +151,8 @@ def test_packed_rows_see_what_single_rows_see() -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: options["kind"])
-def test_a_training_learns_and_a_stopped_one_resumes(options: dict[str, Any], tmp_path: Path) -> None:
-    base, work = make_model("llama", VOCABULARY), job("bottleneck", options, max_steps=40, learning_rate=1e-2)
+def test_a_training_learns_and_a_stopped_one_resumes(tmp_path: Path) -> None:
+    base, work = make_model("llama", VOCABULARY), job("bottleneck", KINDS[0], max_steps=40, learning_rate=1e-2)
     result = learn(base, work, tmp_path / "whole")
     assert result.val_loss < 0.75 * result.history[0].val_loss
     check_resumed(base, work, result, tmp_path / "resumed", 21)

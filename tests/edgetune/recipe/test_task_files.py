@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 from edgetune_runtime.errors import UsageError
-from recipes import LIGHTS, adapter_of, lights, values_of, write_rows
+from recipes import LIGHTS, adapter_of, values_of, write_rows
 from trainings import QUIET, modified
 
 from edgetune.building.pipeline import build
@@ -161,13 +161,13 @@ def test_the_schema_takes_patterns() -> None:
 
 
 def test_a_build_trains_again_what_changed_in_a_file(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    files = {"tasks/one.yaml": adapter_of(LORA), "tasks/two.yaml": adapter_of(LORA)}
+    short = {"max_steps": 1, "evals": 1}
+    files = {f"tasks/{name}.yaml": adapter_of(LORA, training=short) for name in ("one", "two")}
     path = write(tmp_path, files, base=tiny_gguf("llama"))
-    for rows in (LIGHTS, lights(completions=("stop",))):
-        write_rows(tmp_path / "tasks/rows.jsonl", rows)
-        build(Recipe.from_file(path), tmp_path / "home", progress=QUIET)
+    write_rows(tmp_path / "tasks/rows.jsonl", LIGHTS)
+    build(Recipe.from_file(path), tmp_path / "home", progress=QUIET)
     before = modified(tmp_path / "home.work/train")
-    write(tmp_path, {**files, "tasks/two.yaml": adapter_of(LORA, training={"seed": 4})}, base=tiny_gguf("llama"))
+    write(tmp_path, {"tasks/two.yaml": adapter_of(LORA, training={**short, "seed": 4})}, base=tiny_gguf("llama"))
     build(Recipe.from_file(path), tmp_path / "home", progress=QUIET)
     changed = {name for name, time in modified(tmp_path / "home.work/train").items() if before.get(name) != time}
     assert changed and all(name.startswith("two/") for name in changed)

@@ -162,14 +162,14 @@ def test_a_model_without_known_layers_is_refused() -> None:
 
 def test_a_training_in_int8_learns_and_is_reproducible(tmp_path: Path) -> None:
     base = make_model("llama", VOCABULARY)
-    work = job("lora", {"r": 4}, precision="int8", max_steps=40, learning_rate=1e-2)
+    work = job("lora", {"r": 4}, precision="int8", max_steps=20, learning_rate=1e-2)
     result = learn(base, work, tmp_path / "first")
     assert result.val_loss < 0.8 * result.history[0].val_loss
     told = json.loads((tmp_path / "first/result.json").read_text(encoding="utf-8"))
     assert told["precision"] == "int8"
-    exact = train(base, job("lora", {"r": 4}, max_steps=40, learning_rate=1e-2), tmp_path / "exact", QUIET)
+    exact = train(base, job("lora", {"r": 4}, max_steps=20, learning_rate=1e-2), tmp_path / "exact", QUIET)
     assert result.val_loss == pytest.approx(exact.val_loss, rel=0.1) and result.val_loss != exact.val_loss
-    again = stopped_and_resumed(base, work, tmp_path / "second", 25)
+    again = stopped_and_resumed(base, work, tmp_path / "second", 12)
     assert again.history == result.history
 
 

@@ -52,7 +52,7 @@ def job(
 
 
 OVERFITTING = job(
-    rows=4, validation=[short_answer(n, shift=7) for n in range(8)], max_steps=40, evals=20, batch_size=4,
+    rows=4, validation=[short_answer(n, shift=7) for n in range(8)], max_steps=20, evals=10, batch_size=4,
     patience=None, seed=1,
 )  # fmt: skip
 
@@ -321,9 +321,9 @@ def test_the_checkpoint_that_ships_is_that_of_the_options(
     result = run(replace(OVERFITTING, training=training))
     losses = {point.step: point.val_loss for point in result.history}
     best = min(losses, key=lambda step: losses[step])
-    assert result.overfit_step == best < result.steps == 40
-    assert losses[40] > 1.1 * losses[best]
-    shipped = {"best": best, "last": 40}[checkpoint]
+    assert result.overfit_step == best < result.steps == 20
+    assert losses[20] > 1.1 * losses[best]
+    shipped = {"best": best, "last": 20}[checkpoint]
     assert (result.shipped_step, result.val_loss) == (shipped, losses[shipped])
     tuned = PeftModel.from_pretrained(make_model("llama", VOCABULARY), tmp_path / "run/adapter").eval()
     with torch.no_grad():
@@ -342,7 +342,7 @@ def test_patience_ends_a_run_that_gets_no_better(stopped: int | None, run: Calla
     after_best = [point for point in result.history if point.step > result.shipped_step]
     assert len(after_best) == 2
     assert all(point.val_loss >= result.val_loss for point in after_best)
-    assert result.steps == after_best[-1].step < 40
+    assert result.steps == after_best[-1].step < 20
 
 
 def test_a_result_counts_only_for_its_key(run: Callable[..., Any], tmp_path: Path) -> None:

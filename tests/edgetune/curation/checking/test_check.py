@@ -359,9 +359,8 @@ def test_wrong_answers_are_the_least_likely_ones(tiny_gguf: Callable[[str], Path
     wrong = [5, 17, 30, 44]
     for place in wrong:
         rows[place] = {**rows[place], "completion": {"on": "off", "off": "on"}[rows[place]["completion"]]}
-    recipe = write_recipe(
-        tmp_path, tiny_gguf("llama"), data={"rows.jsonl": rows}, training={"max_steps": None, "epochs": 12, "evals": 4}
-    )
+    training = {"max_steps": None, "epochs": 8, "evals": 1, "learning_rate": 1e-2}
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), data={"rows.jsonl": rows}, training=training)
     (found,) = check(Recipe.from_file(recipe), minutes=10, progress=QUIET)
     assert found.estimate is not None
     ranked = [int(row.where.rpartition(":")[2]) - 1 for row in found.estimate.rows]
