@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 
 from .data import TaskRow
@@ -21,6 +22,8 @@ _EMOJI_STYLE = "\ufe0e\ufe0f"
 """What says whether an emoji is in color."""
 
 
+# Roles, calls and tools are the same in most rows.
+@lru_cache(maxsize=64)
 def plain(text: str) -> str:
     """A text without case, with single spaces, and without punctuation at the ends of words.
 

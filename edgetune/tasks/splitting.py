@@ -67,10 +67,11 @@ def _grouped(rows: Sequence[TaskRow], most: int) -> list[list[int]]:
 
 def _alike(rows: Sequence[TaskRow], places: Sequence[int]) -> list[list[int]]:
     """The positions `places` in groups of rows with the same prompt or beginning."""
-    prompts = {plain_prompt(rows[place]) for place in places}
-    groups: dict[str, list[int]] = {}
-    for place in places:
-        # The shortest beginning that is a row.
-        first = next(prompt for begun in rows[place].beginnings if (prompt := plain_prompt(begun)) in prompts)
+    own = {place: plain_prompt(rows[place]) for place in places}
+    prompts, groups = set(own.values()), dict[str, list[int]]()
+    for place, prompt in own.items():
+        # The shortest beginning that is a row, the last of which is the row itself.
+        earlier = map(plain_prompt, rows[place].beginnings[:-1])
+        first = next((beginning for beginning in earlier if beginning in prompts), prompt)
         groups.setdefault(first, []).append(place)
     return list(groups.values())
