@@ -338,6 +338,8 @@ def test_the_checkpoint_is_the_best_of_the_training_and_leaves_the_base_alone(
     assert source.model is not None
     before = {key: tensor.clone() for key, tensor in source.model.state_dict().items()}
     trained = tuned(name, **TABLE[name][1])
+    # PEFT would write a model card.
+    assert not (trained.checkpoint.folder / "README.md").exists()
     first, *_, last = trained.result.history
     assert min(first.val_loss, last.val_loss) == pytest.approx(trained.result.val_loss)
     losses = []
