@@ -110,7 +110,7 @@ def _forking(module: ModuleType) -> Iterator[None]:
 
 @pytest.fixture
 def forked_converter() -> Iterator[None]:
-    """Let a test convert folders with forks.py; test_bases.py and test_convert.py start the converter as users do."""
+    """Let a test convert folders with forks.py; test_convert.py starts the converter as users do."""
     from edgetune_export.base_file import convert as converter  # noqa: PLC0415 - only where a test needs a base
 
     with _forking(converter):
@@ -164,13 +164,23 @@ def kept_encoders(once: Callable[[str, Callable[[Path], object]], Path]) -> Iter
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(kept_graphs: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_folder(
+    kept_graphs: None,
+    once: Callable[[str, Callable[[Path], object]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
     """`tiny_folder(arch)`: the Hugging Face folder of a tiny random base, arch as in tiny.py."""
     from tiny import make_folder, make_tokenizer  # noqa: PLC0415 - torch only where a test needs a base
 
     root = tmp_path_factory.mktemp("tiny")
     tokenizer = make_tokenizer(root)
-    return cache(lambda arch: make_folder(arch, root / arch, tokenizer))
+
+    @cache
+    def make(arch: str) -> Path:
+        kept = once(f"{arch}-folder", lambda folder: make_folder(arch, folder, tokenizer))
+        return Path(shutil.copytree(kept, root / arch))
+
+    return make
 
 
 @pytest.fixture(scope="session")
