@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,13 +23,12 @@ import torch
 from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError
 from filelock import FileLock
-from recipes import NAME, adapter_of, lights, make_recipe
+from recipes import adapter_of, lights, make_recipe
 from trainings import QUIET, Listening, modified
 from waiting import wait_for
 
 from edgetune.building.pipeline import build
 from edgetune.cli.main import main
-from edgetune.common.cluster import connected
 from edgetune.recipe.model import Recipe
 
 LORA = {"name": "lora", "r": 2}
@@ -54,10 +52,36 @@ class LocalCluster:
         self.ray = ray
         self.lasting: list[Any] = []
         self.cluster = Cluster(initialize_head=True, head_node_args=self._sizes(0))
-        self.connect()
+        self._connect()
 
-    def connect(self) -> None:
+    def _connect(self) -> None:
         self.ray.init(address=self.cluster.address, log_to_driver=False)
+
+    @contextmanager
+    def disconnected(self) -> Iterator[None]:
+        """Connect to nothing in the block, as a process that starts."""
+        self.ray.shutdown()
+        try:
+            yield
+        finally:
+            self._connect()
+
+    @contextmanager
+    def seen_free(self, resource: str) -> Iterator[set[float]]:
+        """The amounts of a resource that were free in the block, all of them after it."""
+        seen, ended = set[float](), threading.Event()
+
+        def look() -> None:
+            while not ended.wait(0.1):
+                seen.add(self.cluster.global_state.available_resources().get(resource, 0))
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        try:
+            yield seen
+        finally:
+            ended.set()
+            looking.join()
 
     def add(self, cpus: int = 1, **options: Any) -> Any:  # noqa: ANN401 - as above
         return self.cluster.add_node(**self._sizes(cpus), **options)
@@ -147,39 +171,6 @@ def weights(bundle: Path) -> dict[str, str]:
     return {path.relative_to(bundle).as_posix(): sha256_of(path) for path in files}
 
 
-def test_a_training_goes_on_elsewhere_when_its_node_dies(
-    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """The node has saved its training at a validation when it is killed; the other node goes on from there, as the
-    time that it has taken so far shows."""
-    training = {"max_steps": 120, "epochs": 1000, "evals": 12, "patience": None}
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
-    first, second = cluster.have(2)
-    busy = cluster.occupy(second)
-
-    saved = tmp_path / "home.work/train/lamps/state.pt"
-
-    def kill_when_saved() -> None:
-        wait_for(saved.exists, SAVED_WITHIN_S)
-        cluster.kill(first)
-        with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
-            state = torch.load(saved, weights_only=True)
-            state["state"]["seconds"] += 1e6
-            torch.save(state, saved)
-        cluster.ray.cancel(busy, force=True)
-
-    killing = threading.Thread(target=kill_when_saved, daemon=True)
-    killing.start()
-    listening = Listening()
-    build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
-    killing.join()
-    assert "lamps: its node died; it goes on elsewhere" in listening.lines
-    assert read_manifest(tmp_path / "home").adapters["lamps"].training["seconds"] > 1e6
-    build(recipe, tmp_path / "local", progress=QUIET)
-    assert weights(tmp_path / "home") == weights(tmp_path / "local")
-    assert results(tmp_path / "home") == results(tmp_path / "local")
-
-
 def test_an_interrupted_training_is_saved_and_its_process_ends(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -243,11 +234,43 @@ def test_a_training_that_fails_is_named_and_the_next_build_gives_the_bundle_of_a
     assert results(tmp_path / "home") == results(tmp_path / "local")
     assert built.losses == local.losses
     verify_files(tmp_path / "home", read_manifest(tmp_path / "home"))
-    # What is trained already needs no node.
-    cluster.have(0)
     before = modified(tmp_path / "home.work/train")
-    build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+    build(recipe, tmp_path / "home", progress=(listening := Listening()), on_cluster=True)
     assert modified(tmp_path / "home.work/train") == before
+    assert not any("on the cluster" in line for line in listening.lines), "what is trained already needs no node"
+
+
+def test_a_training_goes_on_elsewhere_when_its_node_dies(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The node has saved its training at a validation when it is killed; the other node goes on from there, as the
+    time that it has taken so far shows."""
+    training = {"max_steps": 120, "epochs": 1000, "evals": 12, "patience": None}
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
+    first, second = cluster.have(2)
+    busy = cluster.occupy(second)
+
+    saved = tmp_path / "home.work/train/lamps/state.pt"
+
+    def kill_when_saved() -> None:
+        wait_for(saved.exists, SAVED_WITHIN_S)
+        cluster.kill(first)
+        with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
+            state = torch.load(saved, weights_only=True)
+            state["state"]["seconds"] += 1e6
+            torch.save(state, saved)
+        cluster.ray.cancel(busy, force=True)
+
+    killing = threading.Thread(target=kill_when_saved, daemon=True)
+    killing.start()
+    listening = Listening()
+    build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
+    killing.join()
+    assert "lamps: its node died; it goes on elsewhere" in listening.lines
+    assert read_manifest(tmp_path / "home").adapters["lamps"].training["seconds"] > 1e6
+    build(recipe, tmp_path / "local", progress=QUIET)
+    assert weights(tmp_path / "home") == weights(tmp_path / "local")
+    assert results(tmp_path / "home") == results(tmp_path / "local")
 
 
 def test_a_node_of_another_version_is_left_out(
@@ -265,34 +288,22 @@ def test_a_node_of_another_version_is_left_out(
     assert re.match(rf"no node of the cluster can run blinds: node \S+ \(\w+\) is left out: {what}", str(error.value))
 
 
-def test_the_command_reserves_a_gpu_if_there_is_one(
-    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_finds_the_cluster_and_reserves_a_gpu_if_there_is_one(
+    cluster: LocalCluster,
+    tiny_gguf: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cluster.have(0)
     cluster.add(2, num_gpus=1)
     recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1])
-    free_gpus, ended = set(), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.1):
-            free_gpus.add(cluster.ray.available_resources().get("GPU", 0))
-
-    with ThreadPoolExecutor() as threads:
-        threads.submit(watch)
-        code = main(["build", str(tmp_path / NAME), "--out", str(tmp_path / "home"), "--engine", "ray", "--json"])
-        ended.set()
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    assert "training 1 adapters on the cluster; GPUs for each: 1\nblinds: trained\n" in printed.err
-    assert list(json.loads(printed.out)["adapters"]) == ["blinds"]
-    assert free_gpus == {0, 1}
-
-
-def test_the_cluster_is_found_by_its_address(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", cluster.cluster.address)
-    nodes = {node["NodeID"] for node in cluster.ray.nodes()}
-    cluster.ray.shutdown()
-    with connected():
-        found = {node["NodeID"] for node in cluster.ray.nodes()}
-    cluster.connect()
-    assert found == nodes
+    with cluster.disconnected(), cluster.seen_free("GPU") as free_gpus:
+        code = main(["build", "recipe.yaml", "--out", "home", "--engine", "ray", "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "training 1 adapters on the cluster; GPUs for each: 1\nblinds: trained\n" in err
+    assert list(json.loads(out)["adapters"]) == ["blinds"]
+    assert free_gpus == {0, 1}
