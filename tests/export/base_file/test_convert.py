@@ -265,26 +265,36 @@ def test_a_folder_that_brings_code_or_another_class_is_refused(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    ("model_class", "tokenizer_class"), [("DreamModel", "Own"), ("LlamaForCausalLM", "HybridDNATokenizer")]
-)
-def test_the_converter_runs_no_code_of_a_folder(
-    model_class: str, tokenizer_class: str, tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "base")
-    (folder / "tokenizer.model").unlink()
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    settings = {"tokenizer_class": tokenizer_class, **OWN_TOKENIZER}
-    marker = write_code(folder, config={"architectures": [model_class]}, tokenizer_config=settings)
-    script = find_converter()
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+# Runs programs, given as JSON, each in a fork of a process that has imported what takes them 3 s to import.
+FORKED = """\
+import json, os, runpy, sys
+import transformers.models.auto
+for words in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv, sys.path[0] = words, os.path.dirname(words[0])
+        runpy.run_path(words[0], run_name="__main__")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_the_converter_runs_no_code_of_a_folder(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    script, programs, markers = find_converter(), [], []
     # The script alone does: it passes trust_remote_code=True for these classes.
-    for command, runs_code in (([str(script)], True), ([run_converter.__file__, str(script)], False)):
-        words = [sys.executable, *command, str(folder), "--outfile", str(tmp_path / "out.gguf")]
-        done = subprocess.run(words, capture_output=True, env=environment, stdin=subprocess.DEVNULL, check=False)
-        assert done.returncode != 0
-        assert marker.exists() == runs_code, done.stderr.decode()
-        marker.unlink(missing_ok=True)
+    for model_class, tokenizer_class in (("DreamModel", "Own"), ("LlamaForCausalLM", "HybridDNATokenizer")):
+        for command in ([str(script)], [run_converter.__file__, str(script)]):
+            folder = tmp_path / f"base{len(programs)}"
+            shutil.copytree(tiny_folder("llama"), folder)
+            (folder / "tokenizer.model").unlink()
+            (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+            settings = {"tokenizer_class": tokenizer_class, **OWN_TOKENIZER}
+            markers.append(write_code(folder, config={"architectures": [model_class]}, tokenizer_config=settings))
+            programs.append([*command, str(folder), "--outfile", str(tmp_path / "out.gguf")])
+    words = [sys.executable, "-c", FORKED, json.dumps(programs)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(words, capture_output=True, env=environment, stdin=subprocess.DEVNULL, text=True, check=True)
+    assert all(code != "0" for code in done.stdout.split()), done.stderr
+    assert [marker.exists() for marker in markers] == [True, False, True, False], done.stderr
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -297,7 +307,7 @@ def test_a_folder_and_its_file_have_the_same_architecture(
 
 
 def test_a_folder_that_llama_cpp_refuses_gives_its_last_words(
-    tiny_folder: Callable[[str], Path], tmp_path: Path
+    forked_converter: None, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "broken")
     (folder / "tokenizer.model").write_bytes(b"no model")
