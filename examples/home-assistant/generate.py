@@ -26,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, default=HERE / "home.yaml", help="your home, or a list of Home Assistant")
     parser.add_argument("--share", type=float, default=0.3, help="share of the rows about it: 0 none, 1 all")
-    parser.add_argument("--rows", type=int, default=SIZES["calls"]["train"], help="training rows of the adapter calls")
+    about_rows = "training rows of the adapter calls; the other files have no more"
+    parser.add_argument("--rows", type=int, default=SIZES["calls"]["train"], help=about_rows)
     parser.add_argument("--exclude", type=Path, help="JSONL with a `text` per line: sentences of a test, not to occur")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/home-rows"))
@@ -38,7 +39,7 @@ def main() -> None:
     for split in ("test", "validation", "train"):
         training = split == "train"
         made = rows.rows(f"{given.seed} calls {split}", home, given.share, training=training, excluded=excluded)
-        size = given.rows if training else SIZES["calls"][split]
+        size = given.rows if training else min(SIZES["calls"][split], given.rows)
         write(given.out / f"calls-{split}.jsonl", made, size, seen)
         made = replies.rows(f"{given.seed} reply {split}", home, given.share, training=training)
         size = min(SIZES["reply"][split], given.rows)

@@ -70,7 +70,7 @@ def homes() -> list[Home]:
 @pytest.mark.parametrize("number", range(7))
 def test_a_row_is_what_the_request_of_home_assistant_becomes_and_its_answer_fits_the_schema(number: int) -> None:
     home = homes()[number]
-    for place, row in enumerate(islice(rows(f"rows {number}", home, 1.0, training=True), 60)):
+    for place, row in enumerate(islice(rows(f"rows {number}", home, 1.0, training=True), 25)):
         *lines, sentence = row["prompt"].split("\n")
         if any(line.startswith("before: ") for line in lines):
             continue
@@ -359,7 +359,7 @@ def test_a_bundle_from_generated_rows_answers_tasks(
     ]
     write_rows(tmp_path / "tasks.jsonl", tasks)
     monkeypatch.chdir(tmp_path)
-    run("generate.py", "--rows", "40", "--exclude", "tasks.jsonl", "--out", "rows", monkeypatch=monkeypatch)
+    run("generate.py", "--rows", "24", "--exclude", "tasks.jsonl", "--out", "rows", monkeypatch=monkeypatch)
     quick = [
         "training.max_steps=2",
         "training.evals=1",
