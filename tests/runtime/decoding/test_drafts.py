@@ -144,7 +144,7 @@ FIXED: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls=CALLS)
 @example(calls=FIXED)
 def test_a_series_of_calls_gives_the_answers_that_it_gives_without_drafts(

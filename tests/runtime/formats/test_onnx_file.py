@@ -93,12 +93,9 @@ def assert_agrees(header: OnnxHeader, model: ModelProto) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    places = ["-i", str(tiny_folder("llama")), "-o", str(folder), "-c", str(folder / "cache")]
-    options = ["-p", "fp32", "-e", "cpu", "--extra_options", "hf_token=false"]
-    subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *places, *options], check=True)
-    return folder / "model.onnx"
+def exported(both_of: Callable[[str], Path]) -> Path:
+    """The base of a bundle, as edgetune exports it."""
+    return both_of("llama") / "base/onnx/model.onnx"
 
 
 def test_a_header_matches_that_of_the_onnx_package_for_a_graph_with_every_field(tmp_path: Path) -> None:

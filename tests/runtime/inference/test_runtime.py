@@ -86,7 +86,7 @@ def expected(fresh: Callable[[], Runtime]) -> Callable[[int, int], tuple[list[in
 
 
 @given(calls=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7), st.booleans()), min_size=2, max_size=8))
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_call_before_changes_an_answer(
     calls: list[tuple[int, int, bool]],
     fresh: Callable[[], Runtime],

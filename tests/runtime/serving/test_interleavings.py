@@ -55,7 +55,7 @@ def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a gen
     [(*case, budgets) for case in CASES for budgets in (BUDGETS[:2] if case in HYBRIDS else BUDGETS)],
 )
 @given(actions=st.lists(ACTIONS, min_size=3, max_size=10))
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_order_of_calls_changes_an_answer(
     engine: str,
     arch: str,

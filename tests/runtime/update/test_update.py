@@ -589,7 +589,7 @@ def test_a_disk_that_cannot_be_written_from_any_write_on_leaves_the_old_version_
     publisher("two")
     kept, seen = tmp_path / "kept", []
     prefix.rename(kept)
-    for write in range(1, 500, 5):
+    for write in range(1, 500, 8):
         copied(kept, prefix)
         code = failing(write, lambda: main(["update", "--apply", "--prefix", str(prefix)]))
         seen.append(ask(prefix))
