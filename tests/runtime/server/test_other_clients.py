@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from runtime.server.conftest import Running
 PROMPT = "turn on the light"
 SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
 KEY = "-"
+LLM = """
+import json, sys
+from llm.cli import cli
+for words in json.loads(sys.argv[1]):
+    cli(words, standalone_mode=False)
+    print(end="\\0", flush=True)
+"""
 
 
 @pytest.fixture
@@ -27,23 +35,22 @@ def llm_folder(server: Running, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_llm(folder: Path, *arguments: str) -> str:
+def run_llm(folder: Path, *commands: Sequence[str]) -> list[str]:
+    """What each of these commands prints, all in one process, as llm takes 2 s to import."""
     pytest.importorskip("llm", reason="llm comes with the extra demo")
-    command = [sys.executable, "-m", "llm", "prompt", "-m", "lamp", "-o", "max_tokens", "12", PROMPT, *arguments]
+    arguments = [["prompt", "-m", "lamp", "-o", "max_tokens", "12", PROMPT, *words] for words in commands]
     environment = {"LLM_USER_PATH": str(folder), "LLM_LOAD_PLUGINS": "", "PATH": ""}
+    command = [sys.executable, "-c", LLM, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.split("\0")[:-1]
 
 
 def test_llm_asks_an_adapter_by_an_entry_for_models_of_openais_api(server: Running, llm_folder: Path) -> None:
-    expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=12).text
-    assert run_llm(llm_folder) == f"{expected}\n"
-
-
-def test_llm_gets_json_that_fits_its_schema(llm_folder: Path) -> None:
-    answer = run_llm(llm_folder, "--no-stream", "--schema", json.dumps(SCHEMA), "-o", "max_tokens", "60")
-    assert set(json.loads(answer)) == {"on"}
+    json_only = ("--no-stream", "--schema", json.dumps(SCHEMA), "-o", "max_tokens", "60")
+    answer, fitting = run_llm(llm_folder, (), json_only)
+    assert answer == server.runtime.generate(PROMPT, adapter="command", max_tokens=12).text + "\n"
+    assert set(json.loads(fitting)) == {"on"}
 
 
 def test_litellm_answers_streams_and_reports_errors_as_with_openai(
