@@ -284,7 +284,7 @@ def test_a_node_of_another_version_is_left_out(
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1])
     with pytest.raises(IncompatibleError) as error:
         build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
-    what = rf"it has edgetune 0\.1; run there: pip install edgetune=={version('edgetune')}; add a node, or leave"
+    what = rf"it has edgetune 0\.1; run there: pip install edgetune=={version('edgetune')}; add a node, or use"
     assert re.match(rf"no node of the cluster can run blinds: node \S+ \(\w+\) is left out: {what}", str(error.value))
 
 

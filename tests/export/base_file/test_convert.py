@@ -268,7 +268,7 @@ def test_a_folder_that_brings_code_or_another_class_is_refused(
 # Runs programs, given as JSON, each in a fork of a process that has imported what takes them 3 s to import.
 FORKED = """\
 import json, os, runpy, sys
-import transformers.models.auto
+import transformers.modeling_utils, transformers.models.auto.tokenization_auto
 for words in json.loads(sys.argv[1]):
     if os.fork() == 0:
         sys.argv, sys.path[0] = words, os.path.dirname(words[0])
