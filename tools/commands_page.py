@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,8 @@ _COMMAND = re.compile(r"^ {2,4}([a-z][a-z-]*)(?:  |$)", re.MULTILINE)
 
 
 def main() -> None:
-    """Print the page."""
+    """Print the page, 100 columns wide."""
+    os.environ |= {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
     print(INTRODUCTION)
     for program in ("edgetune", "edgetune-run"):
         for command, text in pages(program, ()):
@@ -58,16 +60,14 @@ def commands_in(text: str) -> list[str]:
 
 
 def help_of(program: str, path: tuple[str, ...]) -> str:
-    """The output of `program path --help`, 100 columns wide."""
+    """The output of `program path --help`."""
     project = ROOT / "runtime" if program == "edgetune-run" else ROOT
     scripts = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, _, function = scripts[program].partition(":")
-    code = f"import sys; from {module} import {function} as main; sys.argv[0] = {program!r}; sys.exit(main())"
-    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", code, *path, "--help"], capture_output=True, text=True, check=True, env=environment
-    )
-    return process.stdout.strip()
+    out = io.StringIO()
+    with redirect_stdout(out), suppress(SystemExit):
+        getattr(import_module(module), function)([*path, "--help"])
+    return out.getvalue().strip()
 
 
 if __name__ == "__main__":
