@@ -14,6 +14,8 @@ NAME = "recipe.yaml"
 TRAINING: dict[str, Any] = {
     "max_steps": 6, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32",
 }  # fmt: skip
+PLAIN: dict[str, Any] = {"draft": False, "golden": False, "confidence": False}
+"""An adapter without what a build makes with answers to its rows."""
 
 
 def lights(count: int = 10, completions: Sequence[object] = ("reply on",)) -> list[dict[str, Any]]:

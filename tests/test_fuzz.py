@@ -55,7 +55,7 @@ def test_coverage_guides_cases_where_atheris_is_installed(seeds: Path) -> None:
 
 
 def test_fuzzing_runs_cases_of_the_kinds_that_are_named(seeds: Path) -> None:
-    kinds = {"gguf-adapter", "onnx-graph", "peft-weights"}
+    kinds = {"gguf-adapter", "kit"}
     flags = [word for kind in sorted(kinds) for word in ("--kind", kind)]
     # Each worker takes a second or more to start.
     options = ["--cases", str(CASES), "--workers", "1", "--out", str(seeds.parent)]

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import inspect
-import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
-from recipes import LIGHTS, adapter_of, values_of, write_recipe, write_rows
+from recipes import LIGHTS, PLAIN, adapter_of, values_of, write_recipe, write_rows
 
 import edgetune
 from edgetune.common.work_folder import locked
@@ -73,7 +74,7 @@ def shown(name: str) -> str:
 
 
 def recipe_of(base: Path, train: object = LIGHTS, **training: object) -> dict[str, Any]:
-    return values_of(base, {"reply": adapter_of(train=train)}, training)
+    return values_of(base, {"reply": adapter_of(train=train, **PLAIN)}, training)
 
 
 class Recorder:
@@ -149,7 +150,7 @@ def test_a_build_of_rows_in_memory_has_a_bundle_figures_and_losses(built: tuple[
 
 def test_a_build_warns_of_nothing_that_its_user_cannot_change(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tiny_gguf("llama"), max_steps=1, evals=1)
-    recipe["adapters"]["reply"]["method"] = "olora"
+    recipe["adapters"] = {"reply": adapter_of("olora", train=LIGHTS)}
     with warnings.catch_warnings():
         for category in (FutureWarning, UserWarning):
             warnings.simplefilter("error", category)
@@ -168,7 +169,7 @@ def test_events_have_steps_messages_and_losses(built: tuple[edgetune.Build, Reco
 def test_rows_from_a_file_give_the_same_training_as_rows_in_memory(
     built: tuple[edgetune.Build, Recorder], tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
-    recipe, events = write_recipe(tmp_path, tiny_gguf("llama"), {"reply": adapter_of()}), Recorder()
+    recipe, events = write_recipe(tmp_path, tiny_gguf("llama"), {"reply": adapter_of(**PLAIN)}), Recorder()
     again = edgetune.build(recipe, built[0].bundle, on_progress=events)
     assert not events.steps
     assert again.losses == built[0].losses
@@ -202,22 +203,12 @@ def test_an_interrupt_is_a_keyboard_interrupt_and_the_next_build_resumes(
     assert anew.steps == [*range(7)]
 
 
-DIES = """
-import json, os, signal, sys
-import edgetune
-def on_progress(event):
-    if event.step == "training reply" and event.done == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-recipe, out = sys.argv[1:]
-edgetune.build(json.loads(recipe), out, on_progress)
-"""
-
-
 def test_after_the_process_died_the_next_build_resumes(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_gguf("llama"))
-    arguments = [json.dumps(recipe), str(tmp_path / "home")]
-    died = subprocess.run([sys.executable, "-c", DIES, *arguments], capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    recipe, dying = recipe_of(tiny_gguf("llama")), Recorder(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    died = multiprocessing.get_context("fork").Process(target=edgetune.build, args=(recipe, tmp_path / "home", dying))
+    died.start()
+    died.join()
+    assert died.exitcode == -signal.SIGKILL
     resumed = Recorder()
     edgetune.build(recipe, tmp_path / "home", on_progress=resumed)
     # The state was saved at the validation after step 4.

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.store import acknowledgement, versions
-from edgetune_runtime.update.fetch import Location
-from repositories import open_keys
 
 from .names import AUTHORED, DEVICE, KEYS, PARTED, REPORT, REPOSITORY, RUN, SIGNED
 
@@ -33,7 +31,9 @@ NOTE = f"{DEVICE}/{acknowledgement.NAME}"
 
 def metadata(role: str, file: str, folder: Path) -> Open:
     """Opens changed metadata, signed by its key if it can be, as a repository's, and then as what a device has kept."""
-    from edgetune_runtime.update.trust import TrustedRepository  # noqa: PLC0415 - each worker imports what it needs
+    from edgetune_runtime.update.fetch import Location  # noqa: PLC0415 - each worker imports what it needs
+    from edgetune_runtime.update.trust import TrustedRepository  # noqa: PLC0415
+    from repositories import open_keys  # noqa: PLC0415
     from tuf.api.exceptions import RepositoryError  # noqa: PLC0415
     from tuf.api.metadata import Metadata  # noqa: PLC0415
 
@@ -119,6 +119,7 @@ def part(folder: Path) -> Open:
     from edgetune_runtime.bundle.parts import part_path, signed_bytes  # noqa: PLC0415 - as above
     from edgetune_runtime.bundle.signatures import read_signed_manifest  # noqa: PLC0415
     from edgetune_runtime.update.release import parse_released_part, role_of_part  # noqa: PLC0415
+    from repositories import open_keys  # noqa: PLC0415
 
     keys, holder = open_keys(folder / KEYS), f"bundles/{PARTED}/{AUTHORED}"
     (key,) = keys.keys(holder)

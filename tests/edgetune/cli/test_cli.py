@@ -7,13 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from damage import flip
 from edgetune_runtime import Runtime, __version__
+from edgetune_runtime.cli.main import main as runtime_main
 from recipes import lights, write_rows
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
@@ -48,12 +51,12 @@ Built = tuple[Path, str, str]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(*arguments)`: exit code, standard output, standard error."""
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """`run(*arguments)`: exit code, standard output, standard error, also of native code."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         return code, out, err
 
     return call
@@ -76,14 +79,23 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The recipe's bundle, built once in a process of its own: its folder, standard output and standard error."""
-    folder = tmp_path_factory.mktemp("built")
-    path = write_recipe(folder, tiny_gguf("llama"))
-    command = [*EDGETUNE, "build", str(path), "--out", str(folder / "home"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder / "home", done.stdout, done.stderr
+def builds() -> list[Built]:
+    """What `built` has built."""
+    return []
+
+
+@pytest.fixture
+def built(
+    run: Run, builds: list[Built], tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    """The recipe's bundle, built once: its folder, standard output and standard error."""
+    if not builds:
+        folder = tmp_path_factory.mktemp("built")
+        path = write_recipe(folder, tiny_gguf("llama"))
+        code, out, err = run("build", path, "--out", folder / "home", "--json")
+        assert code == 0, err
+        builds.append((folder / "home", out, err))
+    return builds[0]
 
 
 def write_recipe(folder: Path, base: Path) -> Path:
@@ -116,11 +128,16 @@ def test_help_lists_options_by_group(run: Run) -> None:
     assert "Measurement commands:\n  evaluate" in run("--help")[1]
 
 
-def test_the_shell_completes_commands_and_options() -> None:
+def test_the_shell_completes_commands_and_options(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for words, expected in (("edgetune bu", ["build"]), ("edgetune build --qu", ["--quantization", "--quiet"])):
         asked = {"_EDGETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        done = subprocess.run(EDGETUNE, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
-        assert sorted(done.stdout.split()) == expected
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            for name, value in asked.items():
+                patch.setenv(name, value)
+            main()
+        assert sorted(capfd.readouterr().out.split()) == expected
     # The command prints the script for the shell that runs it, here bash, as a second command follows.
     in_bash = ["bash", "-c", f"{shlex.join(EDGETUNE)} --show-completion && exit"]
     script = subprocess.run(in_bash, capture_output=True, text=True, check=True)
@@ -197,11 +214,11 @@ def test_help_and_plan_need_no_torch(recipe: Path) -> None:
     slow = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
     # Where there may be a GPU, torch is asked for it.
     on_cpu = ["--set", "training.device=cpu"] if may_have_gpu() else []
-    for arguments in (["--help"], ["plan", str(recipe), *on_cpu]):
-        probe = f"import sys; from edgetune.cli.main import main; code = main({arguments}); "
-        probe += f"sys.exit(code or [name for name in {slow} if name in sys.modules])"
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr.strip()) == (1, "[]"), done
+    probe = "import sys; from edgetune.cli.main import main; "
+    probe += f"code = main(['--help']) or main({['plan', str(recipe), *on_cpu]}); "
+    probe += f"sys.exit(code or [name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (1, "[]"), done
 
 
 def test_init_writes_a_recipe_and_never_over_another(run: Run, tmp_path: Path) -> None:
@@ -480,10 +497,8 @@ def test_build_ends_with_commands_that_work(
         ["edgetune", "devices"],
     ]
     assert commands[1][-1] == str(test)
-    modules = {"edgetune": "edgetune", "edgetune-run": "edgetune_runtime"}
-    for program, *arguments in commands:
-        done = subprocess.run([sys.executable, "-m", modules[program], *arguments], capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr
+    programs = {"edgetune": main, "edgetune-run": runtime_main}
+    assert [programs[program](arguments) for program, *arguments in commands] == [0] * 4
 
 
 def test_flags_override_the_recipe_for_all_adapters(
@@ -600,21 +615,40 @@ def test_a_build_on_a_full_disk_ends_in_one_line(run: Run, recipe: Path, small_d
     assert not (small_disk / "home").exists()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@contextmanager
+def sent(number: signal.Signals, handler: signal.Handlers, when: Callable[[], object]) -> Iterator[None]:
+    """Send this process a signal once something is so; at first, its handler is that of a new process."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    is_over = threading.Event()
+
+    def send() -> None:
+        while not is_over.wait(0.01):
+            if when():
+                os.kill(os.getpid(), number)
+                return
+
+    thread = threading.Thread(target=send)
+    try:
+        signal.signal(number, handler)
+        thread.start()
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        for each, handled in before.items():
+            signal.signal(each, handled)
+
+
+# A shell without job control starts background jobs with SIGINT ignored.
+@pytest.mark.parametrize(("number", "handler"), [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)])
 def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(
-    sent: signal.Signals, recipe: Path, tmp_path: Path
+    number: signal.Signals, handler: signal.Handlers, run: Run, recipe: Path, tmp_path: Path
 ) -> None:
-    flags = ("--out", str(tmp_path / "home"), "--set", "training.max_steps=100000", "--set", "training.evals=20000")
-    flags = (*flags, "--set", "training.patience=null")
-    # A shell without job control starts background jobs with SIGINT ignored.
-    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *EDGETUNE, "build", str(recipe), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    flags = ("--set", "training.max_steps=100000", "--set", "training.evals=20000", "--set", "training.patience=null")
     state = tmp_path / "home.work/train/reply/state.pt"
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(sent)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
+    with sent(number, handler, state.exists):
+        code, _, err = run("build", recipe, "--out", tmp_path / "home", *flags)
+    assert code == 130, err
     assert err.splitlines()[-1].startswith("edgetune: training reply stopped at step ")
     assert state.exists()
     assert not (tmp_path / "home").exists()
@@ -622,16 +656,12 @@ def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(
 
 @pytest.mark.parametrize("words", [("data", "check", "--minutes", "9"), ("plan", "--trial")])
 def test_an_interrupted_training_that_is_not_kept_leaves_nothing(
-    words: tuple[str, ...], recipe: Path, tmp_path: Path
+    words: tuple[str, ...], run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = [*EDGETUNE, *words, str(recipe), "--set", "training.batch_size=1"]
-    environment = {**os.environ, "TMPDIR": str(scratch)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    while not [*scratch.glob("tmp*/reply")] and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate()
-    assert (process.returncode, err.splitlines()[-1]) == (130, "edgetune: interrupted")
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    with sent(signal.SIGTERM, signal.SIG_DFL, lambda: [*scratch.glob("tmp*/reply")]):
+        code, _, err = run(*words, recipe, "--set", "training.batch_size=1")
+    assert (code, err.splitlines()[-1]) == (130, "edgetune: interrupted")
     assert not [*scratch.glob("tmp*")]

@@ -15,7 +15,7 @@ from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import BaseEntry, Manifest, read_manifest
 from edgetune_runtime.errors import UsageError
-from recipes import NAME, adapter_of, make_recipe
+from recipes import NAME, PLAIN, adapter_of, make_recipe
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
@@ -213,7 +213,7 @@ def test_answers_that_are_not_right_without_what_was_redacted_are_left_out(tmp_p
 
 
 def test_calls_are_learned_from_a_log(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    adapters = {"lamp": adapter_of(train="lamp.jsonl", draft=False, golden=False)}
+    adapters = {"lamp": adapter_of(train="lamp.jsonl", **PLAIN)}
     training = {"max_steps": 40, "evals": 2, "learning_rate": 1e-2}
     recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"lamp.jsonl": ROWS}, training=training)
     home = tmp_path / "home"

@@ -13,7 +13,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import EdgetuneError, NotFoundError
-from recipes import adapter_of, lights, make_recipe, values_of, write_rows
+from recipes import PLAIN, adapter_of, lights, make_recipe, values_of, write_rows
 from trainings import QUIET
 
 import edgetune
@@ -30,7 +30,6 @@ DATA: dict[str, list[dict[str, Any]]] = {
     ],
     "test.jsonl": [{"prompt": f"switch on the light {n}", "completion": "reply on"} for n in range(3)],
 }
-PLAIN = {"draft": False, "golden": False, "confidence": False}
 ADAPTERS: dict[str, Any] = {
     "light": adapter_of(train="light.jsonl", **PLAIN),
     "tone": adapter_of(train="tone.csv", **PLAIN),
@@ -106,7 +105,7 @@ def test_another_tokenizer_and_template_change_nothing_in_the_rows(
     assert len(adapter_folders(home, "light")) == 1
 
 
-def test_nothing_is_packed_if_an_adapter_got_worse_unless_it_is_left_out(
+def test_nothing_is_packed_if_an_adapter_got_worse_unless_it_is_left_out_or_any_loss_is_allowed(
     home: Path, tiny_gguf: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = home.with_name("new")
@@ -126,12 +125,10 @@ def test_nothing_is_packed_if_an_adapter_got_worse_unless_it_is_left_out(
     assert trained.stat().st_mtime_ns == written, "the training was done again"
     with Runtime.open(out, disk_mb=0) as runtime:
         assert runtime.classify("make the lamp red 3", adapter="tone").label == "red"
-
-
-def test_any_loss_is_packed_if_asked_for(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    shutil.rmtree(out)
     settings = {"adapters.light.training": {"max_steps": 1, "learning_rate": 1e-9}}
-    result = edgetune.rebase(home, tiny_gguf("qwen2"), settings=settings, margin=float("inf"))
-    assert result.bundle == home.with_name("home-rebased") and not result.worse
+    result = edgetune.rebase(home, tiny_gguf("qwen2"), out, settings=settings, margin=float("inf"))
+    assert result.bundle == out and not result.worse
     assert result.changes["light"]["validation"].after < result.changes["light"]["validation"].before
     assert set(read_manifest(result.bundle).adapters) == {"light", "tone"}
 
