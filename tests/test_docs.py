@@ -89,7 +89,8 @@ def run(words: list[str], base: Path) -> int:
         rest += [word for setting in (f"base={base}", *QUICK) for word in ("--set", setting)]
     if program == "edgetune" and rest[0] == "rebase":
         rest[rest.index("--base") + 1] = str(base.with_name("qwen2.gguf"))
-        rest += ["--margin", "inf", *(word for setting in QUICK for word in ("--set", setting))]
+        settings = (*QUICK, "targets=[gguf]")
+        rest += ["--margin", "inf", *(word for setting in settings for word in ("--set", setting))]
     if program == "edgetune" and rest[0] == "evaluate" and "--limit" not in rest:
         rest += ["--limit", "5"]
     project = ROOT / "runtime" if program == "edgetune-run" else ROOT

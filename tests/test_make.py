@@ -9,8 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ADAPTERS = ("command", "intent", "reply")
 # What makes the demo's build a matter of seconds.
-QUICK = "--set training.max_steps=2 --set training.precision=fp32 --set threads=1"
+FEW_ROWS = [
+    f"adapters.{name}.data.{key}" for name in ADAPTERS for key in ("rows=40", "validation=null", "held_out=0.2")
+]
+QUICK = " ".join(
+    f"--set {each}" for each in ("training.max_steps=2", "training.precision=fp32", "threads=1", *FEW_ROWS)
+)
 
 
 def make(*arguments: str) -> str:
@@ -59,7 +65,7 @@ def test_help_lists_the_targets() -> None:
 def test_the_demo_builds_and_answers_with_each_adapter(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     out = make("demo", f"BUNDLE={tmp_path}/home", f"ARGS=--set base={tiny_gguf('llama')} {QUICK}")
     answers = out.partition("== one prompt, each engine, each adapter")[2]
-    assert all(f"\n{name}" in answers for name in ("command", "intent", "reply"))
+    assert all(f"\n{name}" in answers for name in ADAPTERS)
     assert "== the app" in answers
 
 

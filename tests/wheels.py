@@ -22,7 +22,9 @@ def repack(name: str, folder: Path, tag: str | None = None) -> Path:
     with zipfile.ZipFile(out, "w") as archive:
         for path in kept:
             archive.write(str(path.locate()), str(path))
-        archive.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*kept, f"{info}/RECORD"]))
+        record = f"{info}/RECORD"
+        # Without the time, so that the wheel is the same each time.
+        archive.writestr(zipfile.ZipInfo(record), "".join(f"{path},,\n" for path in [*kept, record]))
     return out
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from edgetune_runtime.store import service, sockets
-from kits import SYSTEMCTL, KitMaker, run, write_bundle
+from kits import SYSTEMCTL, KitMaker, copied, run, write_bundle
 from ports import free_port
 from repositories import Publisher
 from sshd import Sshd, running
@@ -58,18 +58,31 @@ def sshd(running_sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> Sshd:
     return running_sshd
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
     """`make(answer)`: a small kit."""
     return KitMaker(tmp_path_factory.mktemp("kits"))
 
 
-@pytest.fixture(scope="module")
-def environments(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The virtual environments that an install makes, which takes pip a second."""
-    prefix = tmp_path_factory.mktemp("installed") / "home"
-    assert run("install", make("one"), "--prefix", prefix) == 0
-    return prefix / "venvs"
+@pytest.fixture(scope="session")
+def environments(make: KitMaker, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The virtual environments that an install makes, which takes pip a second; for copies."""
+
+    def install(prefix: Path) -> None:
+        assert run("install", make("one"), "--prefix", prefix) == 0
+
+    return once("environments", install) / "venvs"
+
+
+@pytest.fixture(scope="session")
+def prepare(environments: Path) -> Callable[[Path], Path]:
+    """`prepare(prefix)`: a prefix with no version, and with the environment of the kits."""
+
+    def call(prefix: Path) -> Path:
+        prefix.mkdir()
+        return copied(environments, prefix / "venvs").parent
+
+    return call
 
 
 @pytest.fixture

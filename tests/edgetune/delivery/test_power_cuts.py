@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,9 +52,9 @@ def answers(prefix: Path) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def installed(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(prepare: Callable[[Path], Path], make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prefix with the versions zero and one, so that the install of two has a version to remove."""
-    prefix = tmp_path_factory.mktemp("board") / "home"
+    prefix = prepare(tmp_path_factory.mktemp("board") / "home")
     for answer in ("zero", "one"):
         assert main.main(["install", str(make(answer)), "--prefix", str(prefix)]) == 0
     return prefix

@@ -23,22 +23,11 @@ from edgetune_runtime.store import acknowledgement, service, sockets, switch, tr
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
 from kills import KILLED, killed_at
-from kits import KitMaker, ask, copied, run, with_fields
+from kits import KitMaker, ask, run, with_fields
 from ports import http_server
 from repositories import Publisher
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
-
-
-@pytest.fixture
-def prepare(environments: Path) -> Callable[[Path], Path]:
-    """`prepare(prefix)`: a prefix with no version, and with the environment of the kits."""
-
-    def make(prefix: Path) -> Path:
-        prefix.mkdir()
-        return copied(environments, prefix / "venvs").parent
-
-    return make
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from repositories import Publisher, serving
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
 
-def test_a_kit_follows_a_repository_until_it_is_removed(make: KitMaker, systemd: Path, tmp_path: Path) -> None:
-    prefix, units = tmp_path / "home", systemd / "units/systemd/user"
+def test_a_kit_follows_a_repository_until_it_is_removed(
+    prepare: Callable[[Path], Path], make: KitMaker, systemd: Path, tmp_path: Path
+) -> None:
+    prefix, units = prepare(tmp_path / "home"), systemd / "units/systemd/user"
     publisher = Publisher(tmp_path / "host")
     publisher("two")
     with serving(publisher.repo) as server:
@@ -77,11 +80,15 @@ def test_a_timer_of_others_is_neither_replaced_nor_removed(
 
 
 def test_a_user_is_told_if_the_timer_ends_with_their_session(
-    make: KitMaker, systemd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    prepare: Callable[[Path], Path],
+    make: KitMaker,
+    systemd: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     (systemd / "allowed").unlink()
     words = ("--updates", "http://x", "--root", Publisher(tmp_path / "host").root)
-    assert run("install", make("one"), "--prefix", tmp_path / "home", *words) == 0
+    assert run("install", make("one"), "--prefix", prepare(tmp_path / "home"), *words) == 0
     assert "timer edgetune-home-update ends when you log out" in capfd.readouterr().err
 
 
@@ -108,8 +115,8 @@ def test_the_update_of_a_system_may_write_to_its_prefix(prefix: str) -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("user", [True, False])
-def test_systemd_accepts_the_timer(user: bool, make: KitMaker, tmp_path: Path) -> None:
-    prefix = tmp_path / "100% of a home"
+def test_systemd_accepts_the_timer(user: bool, prepare: Callable[[Path], Path], make: KitMaker, tmp_path: Path) -> None:
+    prefix = prepare(tmp_path / "100% of a home")
     assert run("install", make("one"), "--prefix", prefix) == 0
     for name, text in Timer("edgetune-home-update", user).units(prefix, "home").items():
         (tmp_path / name).write_text(text)
