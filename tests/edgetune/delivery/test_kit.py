@@ -225,7 +225,7 @@ def test_nothing_but_a_kit_without_other_files_is_replaced(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="link is a link; give the folder itself"):
         output.check_destination(tmp_path / "link")
     (kit / "SHA256SUMS").unlink()
-    with pytest.raises(UsageError, match="is not a kit of this version; choose another --out"):
+    with pytest.raises(UsageError, match="is not a kit of this version; choose another folder"):
         output.check_destination(kit)
 
 
