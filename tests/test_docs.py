@@ -63,14 +63,23 @@ RUN = [page for page in CHECKED if any(block.is_run for block in blocks(page))]
 
 
 @pytest.fixture(scope="session")
-def build_folder(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_folder(
+    tiny_gguf: Callable[[str], Path],
+    once: Callable[[str, Callable[[Path], object]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The folder `build` of all pages, with what the command BUILD makes, beside their examples with few rows."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+        for path in (folder / "examples/smart-home/data").glob("*.jsonl"):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(lines[:ROWS]), encoding="utf-8")
+        with contextlib.chdir(folder):
+            assert run(BUILD, tiny_gguf("llama")) == 0
+
     folder = tmp_path_factory.mktemp("docs")
-    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (folder / "examples/smart-home/data").glob("*.jsonl"):
-        path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS]), encoding="utf-8")
-    with contextlib.chdir(folder):
-        assert run(BUILD, tiny_gguf("llama")) == 0
+    shutil.copytree(once("docs", make), folder, dirs_exist_ok=True)
     # The base to move to, beside the other one.
     tiny_gguf("qwen2")
     return folder / "build"
