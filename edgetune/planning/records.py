@@ -121,6 +121,11 @@ class AdapterPlan:
         return self.spec.method.options
 
     @property
+    def start(self) -> Path | None:
+        """The folder of the adapter that its training starts from."""
+        return None if self.spec.start_from is None else Path(self.spec.start_from)
+
+    @property
     def guesses_rank(self) -> bool:
         """Whether the trained change decides the rank, and with it the sizes."""
         return methods.load(self.method).guesses_rank(self.options) and "low_rank" in self.shapes.values()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from edgetune_export import backends
+from edgetune_export.adapters.fold import find_weights
 from edgetune_export.adapters.shapes import Folded, Head, LowRank
 from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from edgetune import methods
 from edgetune.building.encoder import base as encoder
 from edgetune.building.encoder.base import EncoderBase
-from edgetune.building.encoder.objective import Classify, Labelled, load_head, tokenize_labelled
+from edgetune.building.encoder.objective import HEAD_FILE, Classify, Labelled, load_head, tokenize_labelled
 from edgetune.building.encoder.verify import verify
 from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
@@ -66,6 +67,7 @@ class TextClassification(Builder[EncoderBase]):
             if too_long:
                 progress.say(f"{task.name}: {len(too_long)} rows are longer than {length} tokens: {first_of(too_long)}")
             planned = plan.adapters[task.name]
+            start = planned.start
             job = TrainingJob(
                 task.name,
                 methods.load(planned.method),
@@ -74,7 +76,8 @@ class TextClassification(Builder[EncoderBase]):
                 train,
                 validation,
                 _key(planned, base, train, validation),
-                Classify(base.hidden_size, len(task.labels)),
+                Classify(base.hidden_size, len(task.labels), start),
+                start=start,
             )
             probes = [row.tokens for row in spread(validation, PARITY_ROWS)]
             prepared.append(PreparedAdapter(planned, task, job, too_long, probes))
@@ -128,6 +131,8 @@ class TextClassification(Builder[EncoderBase]):
 def _key(planned: AdapterPlan, base: EncoderBase, train: Sequence[Labelled], validation: Sequence[Labelled]) -> str:
     method = planned.spec.method.model_dump(mode="json")
     state = [CLASSIFICATION, base.fingerprint, method, planned.training.model_dump(mode="json"), list(planned.labels)]
+    if planned.start is not None:
+        state += [sha256_of(find_weights(planned.start)), sha256_of(planned.start / HEAD_FILE)]
     return key_of([*state, len(train)], ((row.tokens, row.label, row.weight) for row in (*train, *validation)))
 
 

@@ -189,7 +189,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         _key(planned, base, train, validation),
         method.objective(planned.options),
         base.path if planned.on_grid else None,
-        _start_of(planned),
+        planned.start,
     )
     probes = spread(validation, PARITY_ROWS)
     return PreparedAdapter(
@@ -237,13 +237,9 @@ def _with_draft(
     return replace(item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(tokens_per_step, 2)})
 
 
-def _start_of(planned: AdapterPlan) -> Path | None:
-    return None if planned.spec.start_from is None else Path(planned.spec.start_from)
-
-
 def _key(planned: AdapterPlan, base: Base, train: Sequence[Example], validation: Sequence[Example]) -> str:
     method = planned.spec.method.model_dump(mode="json")
-    start = _start_of(planned)
+    start = planned.start
     state = [base.fingerprint, method, planned.training.model_dump(mode="json"), planned.on_grid]
     state += [len(train)] if start is None else [len(train), sha256_of(find_weights(start))]
     return key_of(state, ((row.tokens, row.learned, row.weight) for row in (*train, *validation)))

@@ -65,17 +65,21 @@ def tokenize_labelled(
 
 
 class Classify:
-    """Trains a head of `labels` outputs on `hidden_size` inputs, together with the weights of the method."""
+    """Trains a head of `labels` outputs on `hidden_size` inputs, together with the weights of the method.
 
-    def __init__(self, hidden_size: int, labels: int) -> None:
-        self._hidden_size, self._labels = hidden_size, labels
+    It starts from the head in the folder `start`, which must be one for the same labels; None: a new one.
+    """
+
+    def __init__(self, hidden_size: int, labels: int, start: Path | None = None) -> None:
+        self._hidden_size, self._labels, self._start = hidden_size, labels, start
 
     def prepare(self, _base: PreTrainedModel) -> None:
         """Nothing: an encoder takes padded rows as it is."""
 
     def extend(self, model: PeftModel) -> None:
-        """Add a new head in float32 to the model."""
-        model.classifier = torch.nn.Linear(self._hidden_size, self._labels)
+        """Add the head in float32 to the model."""
+        new = torch.nn.Linear(self._hidden_size, self._labels)
+        model.classifier = new if self._start is None else load_head(self._start)
 
     def learned(self, _row: Labelled) -> int:
         """One prediction per row."""

@@ -14,7 +14,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
 from edgetune_runtime.answer_log.log import file_before
 from edgetune_runtime.answer_log.reading import read_answer_log
-from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest
+from edgetune_runtime.bundle import CLASSIFICATION, MANIFEST_NAME, Manifest, read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
 
 from edgetune.building.pipeline import build
@@ -123,7 +123,8 @@ def learn(
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
         specs = {
-            name: _started(_spec_to_compare(tasks[name], split), bundle, manifest, name) for name, split in rows.items()
+            name: _started(_spec_to_compare(tasks[name], split), bundle, manifest, tasks[name])
+            for name, split in rows.items()
         }
         again = loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}, "route": None})
         build(_of_base(again, bundle, manifest).only(specs), staged, progress=progress, into=True)
@@ -184,12 +185,15 @@ def _rows_of(
     return rows
 
 
-def _started(spec: AdapterSpec, bundle: Path, manifest: Manifest, name: str) -> AdapterSpec:
+def _started(spec: AdapterSpec, bundle: Path, manifest: Manifest, task: Task) -> AdapterSpec:
     """The section with the bundle's adapter as a start, if the adapter as it was trained is still there and fits."""
-    method, plan = spec.method, manifest.plan.get("adapters", {}).get(name, {})
+    method, plan = spec.method, manifest.plan.get("adapters", {}).get(task.name, {})
+    # The head of an encoder has an output for each label.
+    if manifest.task == CLASSIFICATION and manifest.adapters[task.name].labels != task.labels:
+        return spec
     # The bundle's adapter knows all old rows, so no fold of them would tell how sure it is.
     if isinstance(method.options, LoraOptions) and not method.is_auto and spec.confidence_folds is None:
-        for folder in adapter_folders(bundle, name):
+        for folder in adapter_folders(bundle, task.name):
             modules = {*as_names(plan.get("target_modules") or ())}
             fits = not other_option(folder, method.options) and modules == {*as_names(method.options.target_modules)}
             return spec.model_copy(update={"start_from": str(folder)}) if fits else spec

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.answer_log.reading import read_answer_log
@@ -23,6 +24,7 @@ from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from recipes import NAME, PLAIN, adapter_of, lights, make_recipe, values_of, write_recipe, write_rows
 from ruamel.yaml import YAML
 from runtime.bundles import change_manifest
+from safetensors.torch import load_file
 from trainings import QUIET, Listening
 
 import edgetune
@@ -553,3 +555,20 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     assert [entry.correction for entry in entries if entry.correction not in (None, "reply on")] == ['{"reply": "on"}']
     assert len(entries) == 8
     assert said == [f"left out lines that are not JSON, such as cut-off ones: {questions}:6"]
+
+
+def test_an_encoder_learns_from_its_adapter_and_its_head(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
+    adapters = {"color": adapter_of(train="color.csv", golden=False, confidence=False)}
+    values = {"data": {"color.csv": COLORS}, "task": "text-classification"}
+    training = {"max_steps": 1, "evals": 1, "learning_rate": 1e-2}
+    home = tmp_path / "home"
+    build(make_recipe(tmp_path, tiny_encoder("bert"), adapters, training=training, **values), home, progress=QUIET)
+    # Steps that change nothing: a new head would have other weights.
+    make_recipe(tmp_path, tiny_encoder("bert"), adapters, training={**training, "learning_rate": 1e-9}, **values)
+    answers = [{**each, "adapter": "color"} for each in corrections(text="warm")]
+    (old,) = adapter_folders(home, "color")
+    before = {name: load_file(old / name) for name in ("adapter_model.safetensors", "head.safetensors")}
+    assert run(home, logged(home, answers)).bundle == home
+    for name, tensors in before.items():
+        after = load_file(adapter_folders(home, "color")[0] / name)
+        assert all(torch.allclose(after[key], tensor, atol=1e-6) for key, tensor in tensors.items())
