@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_runtime.bundle import MARK, Manifest, read_manifest, verify_files
+from edgetune_runtime.bundle import CLASSIFICATION, MARK, Manifest, read_manifest, verify_files
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.wording import printable
@@ -68,6 +68,9 @@ def bench(options: argparse.Namespace) -> None:
 
     from edgetune_runtime.sizing.bench import measure, restored_ms, start_ms  # noqa: PLC0415 - see open_runtime
 
+    if (manifest := read_manifest(options.bundle)).task == CLASSIFICATION:
+        message = f"bundle {manifest.name!r} only classifies text: it has no generation to measure"
+        raise UsageError(message, "use classify")
     figures = measure(lambda: open_runtime(options, disk_mb=0), lambda text: print(f"{text} ...", file=sys.stderr))
     if figures["ttft_ms"] is not None:
         print("states on disk and process start ...", file=sys.stderr)
