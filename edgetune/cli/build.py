@@ -221,10 +221,12 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
         ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data],
         ["edgetune", "report", result.bundle, "--recipe", path, "--out", Path(f"{result.bundle}.html")],
     ]
+    title = "Run it, score it, and write a report"
     if recipe.task_type.offers("fit"):
         commands.append(["edgetune", "devices", "fit", result.bundle, "--device", recipe.device or BOARD_TO_TRY])
+        title = "Run it, score it, write a report, and check whether it fits on a board"
     sys.stdout.flush()
-    print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
+    print(f"\n{title}:", file=sys.stderr)
     for words in commands:
         print(f"  {command_line(*words)}", file=sys.stderr)
 

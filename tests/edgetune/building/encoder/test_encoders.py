@@ -38,6 +38,7 @@ from edgetune.building.encoder.objective import load_head, logits_of
 from edgetune.building.pipeline import build
 from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
+from edgetune.cli.build import _print_next
 from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.evaluation import evaluate
@@ -411,6 +412,17 @@ def test_plan_works_for_encoders_and_devices_fit_refuses_them(built: Built, caps
     for target in (built.recipe, built.bundle):
         assert main(["devices", "fit", str(target), "--device", "pi-4"]) == 2
         assert "there are no predictions for encoders on boards" in capsys.readouterr().err
+
+
+def test_a_build_shows_only_commands_that_encoders_support(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_next(built.recipe, Recipe.from_file(built.recipe), built.result)
+    lines = capsys.readouterr().err.splitlines()
+    assert "Run it, score it, and write a report:" in lines
+    assert [line.split()[:2] for line in lines[2:]] == [
+        ["edgetune-run", "classify"],
+        ["edgetune", "evaluate"],
+        ["edgetune", "report"],
+    ]
 
 
 def test_a_stopped_build_resumes_to_the_same_head(built: Built, tmp_path: Path) -> None:
