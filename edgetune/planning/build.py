@@ -60,7 +60,7 @@ def _with_data(plan: BuildPlan, task: Task, output: OutputSpec | None) -> Adapte
     adapter, length = plan.adapters[task.name], plan.recipe.context_length
     training, reason = choose_training(task.training, len(task.trained_rows), plan.width, task.metric)
     changes = {"training": training} if reason else {}
-    rows, doubts = plan_rows(task, training), list(task.doubts)
+    rows, doubts = plan_rows(task, training, plan.recipe.task_type.added_tokens), list(task.doubts)
     if rows.longest_tokens > length:
         message = f"rows have up to about {rows.longest_tokens} tokens, and those of more than {length} are left out"
         doubts.append(f"{message}; see them with `edgetune data check`, or set a larger context_length")

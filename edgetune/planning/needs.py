@@ -20,7 +20,7 @@ from edgetune import methods
 from edgetune.common.work_folder import work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
-from edgetune.tasks.estimate import TEMPLATE_TOKENS, beginning, beginning_tokens, estimated_tokens
+from edgetune.tasks.estimate import beginning, beginning_tokens, estimated_tokens
 from edgetune.tasks.task import Task
 from edgetune.training.device import CPU, TrainingDevice
 from edgetune.training.duration import TrainingTime, predicted_time
@@ -88,14 +88,17 @@ def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildN
     )
 
 
-def plan_rows(task: Task, training: TrainingSpec) -> RowsPlan:
-    """The data of a task: its numbers of rows, their lengths and the optimizer steps."""
+def plan_rows(task: Task, training: TrainingSpec, added_tokens: int) -> RowsPlan:
+    """The data of a task: its numbers of rows, their lengths and the optimizer steps.
+
+    `added_tokens` are those of a row besides its texts (see `TaskType`).
+    """
     rows, system = task.trained_rows, task.spec.system
     lengths = [estimated_tokens(row, system) for row in rows]
     steps = Schedule(len(lengths), training).steps if lengths else 0
     mean = sum(lengths) / max(1, len(lengths))
     shared = beginning_tokens(rows[0], system) if len({beginning(row, system) for row in rows}) == 1 else 0
-    longest = TEMPLATE_TOKENS + max(lengths) if lengths else 0
+    longest = added_tokens + max(lengths) if lengths else 0
     return RowsPlan(len(lengths), len(task.validation), longest, mean, shared, steps)
 
 

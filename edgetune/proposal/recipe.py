@@ -18,7 +18,7 @@ from edgetune.common.command_line import command_line
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow, rows_of
-from edgetune.tasks.estimate import TEMPLATE_TOKENS, estimated_tokens
+from edgetune.tasks.estimate import estimated_tokens
 from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import tokenize_rows
 
@@ -120,7 +120,8 @@ def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
     """The context that the longest row needs, with some room, within what the base was trained for."""
     base = bases.find(draft)
     file = None if base is None or base.is_folder else base.path
-    longest = [_longest(task.rows, draft.adapters[task.files.name].system, file) for task in tasks]
+    added = draft.task_type.added_tokens
+    longest = [_longest(task.rows, draft.adapters[task.files.name].system, file, added) for task in tasks]
     tokens = max(longest)
     name = tasks[longest.index(tokens)].files.name
     about = "about " if file is None else ""
@@ -132,10 +133,10 @@ def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
     return Choice("context_length", length, reason)
 
 
-def _longest(rows: Sequence[TaskRow], system: str | None, file: Path | None) -> int:
+def _longest(rows: Sequence[TaskRow], system: str | None, file: Path | None, added_tokens: int) -> int:
     """The tokens of the longest row: counted with the base's GGUF file, if there is one, otherwise estimated."""
     if file is None:
-        return max(estimated_tokens(row, system) for row in rows) + TEMPLATE_TOKENS
+        return max(estimated_tokens(row, system) for row in rows) + added_tokens
     some = sorted(rows, key=lambda row: estimated_tokens(row, system), reverse=True)[:_LONGEST_ROWS]
     with closing(GgufTokenizer(file)) as tokenizer:
         examples, _ = tokenize_rows(some, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)

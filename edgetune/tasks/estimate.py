@@ -7,8 +7,6 @@ import re
 
 from .data import TaskRow, text_of_turn
 
-TEMPLATE_TOKENS = 32
-"""A high estimate of what a chat template adds to a row."""
 _TOOLS_TOKENS = 64
 """What is written around the definitions of tools: see `edgetune_runtime.tools.prompts`."""
 _IN_NUMBERS, _SIGN = re.compile(r"[ -/:-@]?[0-9]"), re.compile(r"[!-/:-@\[-`{-~]")

@@ -29,7 +29,8 @@ class TaskType:
     None: chosen by the rows. `refused_keys` maps recipe keys that do not work to the error, `refused_weights` does so
     for values of `onnx.weights`, and `refused_adapter_keys` for keys of an adapter; `{value}` in an error is the value.
     `not_offered` maps commands that do not work to the error. `runtime_extras` are the extras of edgetune-runtime that
-    its bundles need besides those of the engine and the server.
+    its bundles need besides those of the engine and the server. `added_tokens` is a high estimate of what the tokenizer
+    or a chat template adds to the texts of a row.
     """
 
     base: str = "a decoder"
@@ -40,6 +41,7 @@ class TaskType:
     refused_adapter_keys: Mapping[str, str] = field(default_factory=dict)
     not_offered: Mapping[Feature, Refusal] = field(default_factory=dict)
     runtime_extras: tuple[str, ...] = ()
+    added_tokens: int = 32
 
     def offers(self, feature: Feature) -> bool:
         """Whether the task supports a command."""

@@ -8,6 +8,8 @@ TASK_TYPE = TaskType(
     base="an encoder",
     has_encoders=True,
     metric="label",
+    # One before and one after the text, as [CLS] and [SEP].
+    added_tokens=2,
     refused_keys={
         "quantization": _QUANTIZED,
         "imatrix": _QUANTIZED,

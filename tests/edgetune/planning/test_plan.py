@@ -126,6 +126,14 @@ def test_what_is_odd_about_the_rows_is_a_warning_of_the_plan(tiny_gguf: Callable
     assert warning.startswith("command: rows have up to about 44 tokens, and those of more than 40 are left out; see")
 
 
+def test_rows_of_an_encoder_have_no_chat_template(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = [{"text": f"light {n}", "label": ("on", "off")[n % 2]} for n in range(20)]
+    adapters = {"power": adapter_of(train="rows.jsonl")}
+    data, task = {"rows.jsonl": rows}, "text-classification"
+    recipe = make_recipe(tmp_path, tiny_encoder("bert"), adapters, data=data, task=task, context_length=16)
+    assert not any("are left out" in warning for warning in plan_build(recipe).plan.warnings)
+
+
 def test_rows_of_one_label_are_refused_unless_out_of_scope_adds_another(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -558,7 +558,7 @@ def task(tmp_path: Path) -> Callable[..., Task]:
 def test_copies_are_trained_on_and_validation_rows_stay(task: Callable[..., Task]) -> None:
     plain, augmented = task(augment=False), task(augment=True)
     assert (plain.train, plain.validation) == (augmented.train, augmented.validation)
-    assert plan_rows(augmented, augmented.training).train == len(augmented.trained_rows) > 2 * len(plain.train)
+    assert plan_rows(augmented, augmented.training, 0).train == len(augmented.trained_rows) > 2 * len(plain.train)
     prompts = {row.messages[-1]["content"] for row in augmented.validation if row.messages}
     assert not prompts & {prompt for prompt, _ in pairs(list(augmented.copies))}
     assert augmented == task(augment=True), "the same seed gives the same copies"
