@@ -11,7 +11,7 @@ from edgetune.tasks.augmentation.english import are_english
 from edgetune.tasks.augmentation.slots import SlottedRow
 from edgetune.tasks.confidence import MIN_ROWS
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, case_doubts, form_doubt, metric_for
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, form_doubt, label_doubts, metric_for
 
 from .choices import Choice
 from .columns import RowForm
@@ -79,7 +79,7 @@ def _labels(rows: Sequence[TaskRow], repeats: int) -> list[str] | None:
 def _label_choices(labels: Sequence[str], sample: Sample) -> list[Choice]:
     reason = f"{len(labels)} short answers repeat in {sample}, so the task is to choose one: {_METRICS['label']}"
     reason = "; ".join(
-        (reason, "`out_of_scope: true` adds a label for texts that none of them fits", *case_doubts(labels))
+        (reason, "`out_of_scope: true` adds a label for texts that none of them fits", *label_doubts(labels))
     )
     # Rows behind the sample may have other labels; without the key, the build takes those of all rows.
     listed = [Choice("labels", list(labels))] if sample.is_whole else []

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.recipe.parts import Metric
 
@@ -130,12 +131,21 @@ def same_but_for_case(labels: Iterable[str]) -> list[list[str]]:
     return [same for same in by_word.values() if len(same) > 1]
 
 
-def case_doubts(labels: Iterable[str]) -> tuple[str, ...]:
-    """A sentence about each of the `same_but_for_case` labels."""
-    return tuple(
+def is_list(label: str) -> bool:
+    """Whether a label was written as a list, such as `["hall", "on"]`."""
+    return label.startswith("[") and isinstance(json_or_none(label), list)
+
+
+def label_doubts(labels: Iterable[str]) -> tuple[str, ...]:
+    """A sentence about each of the `same_but_for_case` labels, and one about those that are lists."""
+    labels = tuple(labels)
+    lists = [label for label in labels if is_list(label)]
+    doubts = (
         f"the labels {' and '.join(map(repr, same))} differ only in case, so a right answer may count as wrong"
         for same in same_but_for_case(labels)
     )
+    combined = [f"labels are lists, such as {lists[0]}: each combination is one label"] if lists else []
+    return (*doubts, *combined)
 
 
 def without_label(rows: Sequence[TaskRow]) -> list[TaskRow]:

@@ -25,10 +25,10 @@ from .data import TaskRow, read_rows
 from .metrics import (
     EITHER_RIGHT_OR_WRONG,
     answers_to_score,
-    case_doubts,
     check_answered,
     form_doubt,
     is_scorable,
+    label_doubts,
     labels_in,
     metric_for,
 )
@@ -135,7 +135,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
     if spec.metric != "auto":
         check_answered([*validation, *sure], metric)
-    doubts += (*case_doubts(labels), *_unscored(validation, metric), *_unused_system(spec.system, train))
+    doubts += (*label_doubts(labels), *_unscored(validation, metric), *_unused_system(spec.system, train))
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
     task = with_copies(task, recipe)
     if spec.out_of_scope is not None:

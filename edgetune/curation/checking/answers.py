@@ -16,7 +16,7 @@ from edgetune.building.outputs.infer import infer, rejected
 from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.data import TaskRow, kind_of
-from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, same_but_for_case, without_label
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, is_list, same_but_for_case, without_label
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
@@ -43,6 +43,8 @@ def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
             yield Finding.of(MISFIT, [answered[place]], f"breaks the {spec.kind} of the recipe")
     elif task.metric == "label":
         yield from _other_case(task.labels, answered)
+        if lists := [item for item in answered if is_list(item.row.completion or "")]:
+            yield Finding.of(MISFIT, lists, "labels are lists: each combination is one label")
     else:
         yield from _odd(answered)
         odd = {row.where for row in without_label([item.row for item in rows])} if task.spec.metric == "auto" else set()

@@ -200,6 +200,14 @@ def test_labels_that_differ_only_in_case_are_named(tmp_path: Path) -> None:
     assert task.doubts == ("the labels 'On' and 'on' differ only in case, so a right answer may count as wrong",)
 
 
+def test_labels_that_are_lists_are_named(tmp_path: Path) -> None:
+    rows = [{"text": f"{room} lights", "label": [("hall", "attic")[n % 2], "on"]} for n, room in enumerate(ROOMS)]
+    found = checked(tmp_path, rows, metric="label")
+    assert [finding.note for finding in found.of_kind("misfit")] == ["labels are lists: each combination is one label"]
+    task = read_task("home", Recipe.from_file(tmp_path / "recipe.yaml"))
+    assert task.doubts == ('labels are lists, such as ["attic", "on"]: each combination is one label',)
+
+
 def test_answers_that_break_the_output_are_named(tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"do": {"enum": ["on", "off"]}, "area": {"type": "string"}}}
     bad = {"prompt": "dim the hall", "completion": {"do": "dim", "area": "hall"}}
