@@ -45,6 +45,9 @@ R_contra = TypeVar("R_contra", bound=TrainingRow, contravariant=True)
 class Objective(Protocol[R_contra]):
     """What is learned from rows."""
 
+    unit: str
+    """What a learned prediction is about, for which losses are given: token or row."""
+
     def prepare(self, base: PreTrainedModel) -> None:
         """Make `base`, on the training device, take the batches of this objective; the attention that it sets is undone
         after the training."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class PackedObjective:
     """What objectives for decoders have in common: rows packed without padding, and no weights of their own."""
 
+    unit = "token"
+
     def prepare(self, base: PreTrainedModel) -> None:
         """The base takes packed rows."""
         take_packed_rows(base)

@@ -52,7 +52,7 @@ def train_all(
                 model = None
         # A process that ended right after a training has not plotted it.
         if plots and not (folder / "training.png").exists() and processes().is_main_process:
-            plot_training(result, job.name, folder / "training.png")
+            plot_training(result, job.name, folder / "training.png", job.objective.unit)
         progress.say(_summary(job.name, result))
         results[job.name] = result
     return results

@@ -11,8 +11,11 @@ SIZE_INCHES = (7.0, 4.0)
 _MARGINS = {"left": 0.12, "right": 0.98, "bottom": 0.13, "top": 0.92}
 
 
-def plot_training(result: TrainResult, title: str, out: Path) -> None:
-    """Plot training and validation loss by epoch, with the checkpoint that ships and the range of overfitting."""
+def plot_training(result: TrainResult, title: str, out: Path, unit: str) -> None:
+    """Plot training and validation loss by epoch, with the checkpoint that ships and the range of overfitting.
+
+    The losses are in nats per `unit` (see `Objective.unit`).
+    """
     from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import
 
     figure = Figure(figsize=SIZE_INCHES)
@@ -28,7 +31,7 @@ def plot_training(result: TrainResult, title: str, out: Path) -> None:
     if result.overfit_step is not None:
         start = by_step[result.overfit_step].epoch
         axes.axvspan(start, epochs[-1], color="tab:red", alpha=0.1, label="overfitting")
-    axes.set(title=title, xlabel="epoch", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.set(title=title, xlabel="epoch", ylabel=f"loss (nats per {unit})", ylim=(0, None))
     # "best" takes long on a loaded machine, and then warns.
     axes.legend(loc="upper right")
     axes.grid(alpha=0.3)

@@ -70,6 +70,8 @@ class Classify:
     It starts from the head in the folder `start`, which must be one for the same labels; None: a new one.
     """
 
+    unit = "row"
+
     def __init__(self, hidden_size: int, labels: int, start: Path | None = None) -> None:
         self._hidden_size, self._labels, self._start = hidden_size, labels, start
 

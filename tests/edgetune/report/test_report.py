@@ -92,11 +92,18 @@ def test_the_page_of_an_encoder_shows_its_parity(
 ) -> None:
     bundle = write_encoder_bundle(encoder_source("bert"), tmp_path)
     parity = {"onnx": asdict(Agreement(kl=0.02, top1=0.975, difference=0.1, rows=8))}
-    change_manifest(bundle, lambda raw: raw["adapters"]["place"].update(parity=parity))
+    change_manifest(bundle, lambda raw: raw["adapters"]["place"].update(parity=parity, training=TRAINING))
     change_manifest(bundle, lambda raw: raw["base"].update(parity={"onnx": {"difference": 0.1, "cosine": 0.99}}))
+    change_manifest(bundle, lambda raw: raw.update(versions={"edgetune": "1.2"}))
     assert main(["report", str(bundle), "--out", str(tmp_path / "page.html")]) == 0
     text = " ".join(Page((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
-    assert "placeonnx 2.0e-02 97.5% -" in text
+    assert "placeonnx 2.0e-02 97.5% - 8" in text and "baseonnx - - 0.9900 -" in text
+    assert "Loss in nats per row" in text and "of the labels' distribution" in text and "KV cache" not in text
+    lines = card(facts_of(bundle, read_manifest(bundle))).splitlines()
+    assert [line for line in lines if line.startswith(("| base | onnx", "| place | onnx"))] == [
+        "| base | onnx | - | - | 0.9900 |",
+        "| place | onnx | 2.0e-02 | 97.5% | - |",
+    ]
 
 
 def test_the_page_draws_how_well_the_confidence_is_calibrated(bundle: Path, tmp_path: Path) -> None:
