@@ -284,10 +284,9 @@ def _is_at_hand(name: str, folder: Path) -> bool:
     return _as_path(name, folder).exists() or not is_hub_id(name)
 
 
-def _refuse_encoder(name: str, folder: Path) -> None:
-    if name in ENCODERS or _encoder_type(_as_path(name, folder)) is not None:
-        message = f"base {name!r} is an encoder, which does not generate text"
-        raise IncompatibleError(message, "set task: text-classification in the recipe, or choose another base")
+def is_encoder(name: str, folder: Path) -> bool:
+    """Whether the base `name` is an encoder; of hub ids, False."""
+    return name in ENCODERS or _encoder_type(_as_path(name, folder)) is not None
 
 
 def is_gguf(name: str, folder: Path) -> bool:
@@ -312,7 +311,9 @@ def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASE
 
 def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
     """The base `name` and its header; errors as in `architectures.of`, `check_base` and `BaseShape.of_header`."""
-    _refuse_encoder(name, folder)
+    if is_encoder(name, folder):
+        message = f"base {name!r} is an encoder, which does not generate text"
+        raise IncompatibleError(message, "choose another base, or build from a recipe with task: text-classification")
     path = locate(name, folder)
     header = predict_header(path) if path.is_dir() else read_header(path)
     architecture = architectures.of(header, name)

@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import printable
 
 from edgetune import bases
@@ -77,13 +79,18 @@ def recipe_for(
     """
     folder = path.parent
     tasks = [_task(task_files, folder) for task_files in tasks_of([Path(file) for file in files])]
+    written = written_base(base, folder)
+    is_encoder = bases.is_encoder(written, folder)
+    if is_encoder:
+        tasks = [_of_encoder(task, base) for task in tasks]
     choices = [
         Choice("name", name or default_name(files)),
-        Choice("base", written_base(base, folder), _REASONS.get(base, "")),
+        *([Choice("task", CLASSIFICATION, "the base is an encoder, which only chooses labels")] if is_encoder else []),
+        Choice("base", written, _REASONS.get(base, "")),
         *(choice for task in tasks for choice in task.choices),
     ]
     draft = Recipe.model_validate(nested_values(choices), context={"folder": folder})
-    choices.insert(2, _context_length(draft, tasks))
+    choices.insert(2 + is_encoder, _context_length(draft, tasks))
     recipe = Recipe.model_validate(nested_values(choices), context={"folder": folder})
     return ProposedRecipe(recipe, text_of(choices, _introduction(recipe, tasks, path)))
 
@@ -108,6 +115,16 @@ def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
         labels = labels if isinstance(labels, list) else None
         rows_of(str(files.validation), read_sample(files.validation).entries, columns, labels=labels)
     return _ProposedTask(files, rows, [choice.under(f"adapters.{files.name}") for choice in choices])
+
+
+def _of_encoder(task: _ProposedTask, base: str) -> _ProposedTask:
+    """The task without a system prompt, which encoders do not have; UsageError if its answers are not labels."""
+    name = task.files.name
+    if not any(choice.value == "label" for choice in task.choices if choice.key == f"adapters.{name}.metric"):
+        message = f"base {base!r} is an encoder, which only chooses labels, and the answers of {name} are other texts"
+        raise UsageError(message, "choose another --base")
+    choices = [choice for choice in task.choices if choice.key != f"adapters.{name}.system"]
+    return replace(task, choices=choices)
 
 
 def _about_file(files: TaskFiles, sample: Sample) -> str:
@@ -150,8 +167,10 @@ def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) ->
         "Change what you like, then:",
         f"  {command_line('edgetune', 'plan', path)}",
         f"  {command_line('edgetune', 'build', path, '--out', Path('build', recipe.name))}",
-        "All keys are in docs/recipe.md; `device: pi-4` checks that the bundle fits on a board.",
     ]
+    if recipe.task_type.has_encoders:
+        return "\n".join(map(printable, [*lines, "All keys are in docs/recipe.md; see also docs/encoders.md."]))
+    lines.append("All keys are in docs/recipe.md; `device: pi-4` checks that the bundle fits on a board.")
     if all(spec.metric == "label" for spec in recipe.adapters.values()):
         lines.append("All tasks choose a label, which a small encoder does faster: docs/encoders.md.")
     return "\n".join(map(printable, lines))

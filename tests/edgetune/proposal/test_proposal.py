@@ -196,6 +196,19 @@ def test_labels_that_differ_only_in_case_are_doubted(write: Write, propose: Make
     assert "the labels 'Order' and 'order' differ only in case" in " ".join(comments.split())
 
 
+def test_an_encoder_gets_a_recipe_that_a_build_can_follow(
+    write: Write, tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, target = str(tiny_encoder("bert")), tmp_path / "recipe.yaml"
+    target.write_text(recipe_for([write("kind.jsonl", KINDS)], base=base, path=target).text, encoding="utf-8")
+    recipe = Recipe.from_file(target)
+    assert (recipe.task, recipe.context_length, recipe.adapters["kind"].system) == ("text-classification", 64, None)
+    assert plan(recipe).adapters["kind"].labels == ("order", "question")
+    texts = write("talk.jsonl", [{"prompt": thing, "completion": f"{thing} is off"} for thing in THINGS])
+    with pytest.raises(UsageError, match="which only chooses labels, and the answers of talk are other texts"):
+        recipe_for([texts], base=base, path=target)
+
+
 def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(
     write: Write, propose: Make, tmp_path: Path
 ) -> None:

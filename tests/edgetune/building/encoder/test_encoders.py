@@ -275,11 +275,11 @@ def test_a_base_that_writes_text_is_refused_by_name(
 
 
 def test_an_encoder_is_refused_where_text_is_to_be_written(built: Built, tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleError, match="is an encoder, which does not generate text; set task: text-"):
+    with pytest.raises(IncompatibleError, match="is an encoder, which does not generate text; choose another"):
         places = {"folder": tmp_path, "work": tmp_path}
         resolve_decoder(str(built.base), quantization=None, progress=QUIET, converter=None, **places)
     for base in (built.base, "all-minilm-l6-v2"):
-        with pytest.raises(IncompatibleError, match="set task: text-classification"):
+        with pytest.raises(IncompatibleError, match="a recipe with task: text-classification"):
             plan_build(Recipe.from_file(write_recipe(tmp_path, base, task="text-generation")))
 
 
