@@ -14,23 +14,27 @@ from typing import Any
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.text.json_text import json_or_none
+from edgetune_runtime.text.json_text import is_deeper, json_or_none
 from edgetune_runtime.tools.formats import SEPARATORS
+from edgetune_runtime.wording import shortened
 
 from edgetune.common.choices import is_complete
 
+_MOST_LEVELS = 50
+"""llguidance takes schemas of about 64."""
+
 
 def infer(answers: Sequence[str]) -> OutputSpec | None:
-    """The constraint that these answers suggest; None for free text. UsageError if one is nested too deeply for any."""
+    """The constraint that these answers suggest; None for free text. UsageError for one of more than 50 levels."""
     parsed = [json_or_none(answer) for answer in answers]
     if parsed and all(isinstance(value, dict | list) for value in parsed):
         shape = _Shape()
-        try:
-            for value in parsed:
-                shape.add(value)
-            return output_of(schema=shape.schema(), spacing=spacing_of(answers))
-        except RecursionError as error:
-            raise UsageError("an answer has too many levels of lists and objects", "use fewer") from error
+        for answer, value in zip(answers, parsed, strict=True):
+            if is_deeper(value, _MOST_LEVELS):
+                message = f"answer {shortened(answer)!r} has more than {_MOST_LEVELS} levels of lists and objects"
+                raise UsageError(message, "use fewer, or no `output: auto`")
+            shape.add(value)
+        return output_of(schema=shape.schema(), spacing=spacing_of(answers))
     values = Counter(answers)
     return output_of(choices=sorted(values)) if is_complete(values) else None
 
