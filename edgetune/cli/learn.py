@@ -52,6 +52,7 @@ def learn(
     which are not learned. The new bundle is packed only if no adapter got worse on either by more than one standard
     error.
     """
+    from edgetune_runtime.answer_log.log import file_before
     from edgetune_runtime.bundle import read_manifest
 
     from edgetune.common.files import write_file
@@ -66,7 +67,7 @@ def learn(
     if page is not None:
         check_page(page, bundle)
     if questions is not None:
-        check_not_read(questions, (), bundle)
+        check_not_read(questions, [*log, *map(file_before, log)], bundle)
         # A user may have completed it.
         if questions.exists():
             raise UsageError(f"{questions} already exists", "give another file, or complete it and give it as --log")
