@@ -62,5 +62,7 @@ def type_check(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401 - type hints
         return lambda value: isinstance(value, list | tuple) and all(map(parts[0], value))
     if origin is UnionType:
         return lambda value: any(fits(value) for fits in parts)
+    if origin is not None:
+        raise TypeError(f"no check for {hint}")
     types = (int, float) if hint is float else (hint,)
     return lambda value: hint is Any or type(value) in types

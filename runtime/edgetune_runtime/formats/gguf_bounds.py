@@ -33,7 +33,10 @@ class Array:
         if not isinstance(value, tuple):
             return self.number is not None and value in self.number
         # Converters write flags as bools or as numbers.
-        return 0 < len(value) <= LAYERS and all((int(v) if type(v) is bool else v) in self.items for v in value)
+        is_flag = self.items.high == 1
+        return 0 < len(value) <= LAYERS and all(
+            (int(item) if is_flag and type(item) is bool else item) in self.items for item in value
+        )
 
     def __str__(self) -> str:
         return f"{f'{self.number}, or ' if self.number else ''}an array, each item {self.items}"

@@ -54,7 +54,8 @@ class LoadedAdapters:
 
     `current` gives the adapters that there are: one that was removed or replaced since a call was prepared is refused.
     No lock is held while an adapter is loaded; one is loaded at a time. Calls with adapters that are there do not wait.
-    With `is_soft`, one that does not fit is loaded all the same, after those that no call uses were dropped.
+    With `is_soft`, one that does not fit is loaded all the same, after those that no call uses were dropped. Room is
+    made by the sizes of adapters and before one is loaded, also if its file then proves to be damaged.
     """
 
     def __init__(
