@@ -83,9 +83,11 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
     def call(name: str, make: Callable[[Path], object]) -> Path:
         with FileLock(kept / f"{name}.lock"):
+            # Each attempt has a place of its own, as one that failed may have left a part.
+            part = kept / f"part-{os.getpid()}-{name}"
             if not (kept / name).exists():
-                make(kept / f"part-{name}")
-                (kept / f"part-{name}").rename(kept / name)
+                make(part)
+                part.rename(kept / name)
         return kept / name
 
     return call
@@ -110,7 +112,7 @@ def _forking(module: ModuleType) -> Iterator[None]:
 
 @pytest.fixture
 def forked_converter() -> Iterator[None]:
-    """Let a test convert folders with forks.py; test_convert.py starts the converter as users do."""
+    """Let a test convert folders with forks.py; a test in test_convert.py starts the converter as users do."""
     from edgetune_export.base_file import convert as converter  # noqa: PLC0415 - only where a test needs a base
 
     with _forking(converter):

@@ -26,7 +26,7 @@ def run(
     """Run `python -P FILE …` or `python -P -m MODULE …`, and keep what it prints."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _FORKS.Process(target=_main, args=(list(command[2:]), dict(env or {}), files))
+        process = _FORKS.Process(target=_main, args=(list(command[2:]), {**os.environ, **(env or {})}, files))
         process.start()
         process.join()
         assert process.exitcode is not None
@@ -35,6 +35,8 @@ def run(
 
 
 def _main(words: list[str], variables: Mapping[str, str], files: Sequence[Path]) -> None:
+    # The server has those of the test that started it.
+    os.environ.clear()
     os.environ.update(variables)
     for descriptor, path in enumerate(files, start=1):
         with path.open("wb") as file:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import forks
 import pytest
 import torch
 from edgetune_runtime.errors import CancelledError
-from ports import free_port
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -186,16 +184,13 @@ def random_row(seed: int, length: int, beginning: Sequence[int] = (), learned_fr
 
 
 def build_in_two_processes(recipe: Path, out: Path) -> dict[str, Any]:
-    """The output of `edgetune build RECIPE --json` in two processes, with the variables that torch's launcher sets."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-m", "edgetune", "build", str(recipe), "--out", str(out), "--json"]
-
-    def run(rank: str) -> subprocess.CompletedProcess[str]:
-        return forks.run(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
-
-    with ThreadPoolExecutor() as threads:
-        first, second = threads.map(run, "01")
-    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), first.stderr + second.stderr
-    told: dict[str, Any] = json.loads(first.stdout)
+    """The output of `edgetune build RECIPE --json`, run by torch's launcher in two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "edgetune", "build", str(recipe), "--out", str(out), "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    told: dict[str, Any] = json.loads(result.stdout)
     return told

@@ -207,7 +207,8 @@ def test_after_the_process_died_the_next_build_resumes(tiny_gguf: Callable[[str]
     recipe, dying = recipe_of(tiny_gguf("llama")), Recorder(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
     died = multiprocessing.get_context("fork").Process(target=edgetune.build, args=(recipe, tmp_path / "home", dying))
     died.start()
-    died.join()
+    died.join(120)
+    died.kill()
     assert died.exitcode == -signal.SIGKILL
     resumed = Recorder()
     edgetune.build(recipe, tmp_path / "home", on_progress=resumed)

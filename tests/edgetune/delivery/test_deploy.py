@@ -28,7 +28,7 @@ from edgetune_runtime.errors import (
 from edgetune_runtime.store.durable import installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME
 from edgetune_runtime.update.state import read_state, read_trusted_root
-from kits import PYTHON, SYSTEMCTL, KitMaker, ask, with_fields, write_bundle
+from kits import PYTHON, SYSTEMCTL, KitMaker, ask, copied, with_fields, write_bundle
 from repositories import Publisher
 from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd
 from waiting import wait_for
@@ -97,7 +97,7 @@ def board(bare: Board, environments: Path) -> Board:
     """A board that has the virtual environment, so that no wheels are sent and installed."""
     (bare.prefix / "venvs").mkdir(parents=True)
     for path in environments.iterdir():
-        (bare.prefix / "venvs" / path.name).symlink_to(path)
+        copied(path, bare.prefix / "venvs" / path.name)
     return bare
 
 

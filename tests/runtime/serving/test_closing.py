@@ -156,7 +156,9 @@ def test_a_model_that_is_loaded_stops_no_call_with_other_adapters_and_does_not_o
     closing.result(MOST_S)
     error = merged.exception(MOST_S)
     assert error is None or "the runtime is closed" in str(error)
-    assert all(pool.first.closed for pool in loaded_bundle(runtime)._models.pools.values())
+    pools = loaded_bundle(runtime)._models.pools
+    assert pools
+    assert all(context.closed for pool in pools.values() for context in pool.contexts)
 
 
 def test_an_adapter_that_is_loaded_does_not_outlive_the_runtime(
