@@ -65,7 +65,7 @@ check: setup docs  ## Run ruff, mypy and import-linter, and build the documentat
 	@echo "== import-linter"
 	@$(BIN)/lint-imports
 
-fast: setup  ## Run the tests without network, training and boards, in less than 90 s
+fast: setup  ## Run the tests without network, training and boards, in 2 to 3 minutes
 	@echo "== fast tests"
 	@$(PYTEST) -m "not model and not slow"
 

@@ -506,7 +506,8 @@ def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
         (["--page", "{log}"], "log.jsonl is not an .html file, and pages are written as HTML; name it .html"),
         (["--page", "{home}/page.html"], "page.html is inside the bundle"),
         (["--ask", "2", "--questions", "{home}/q.jsonl"], "q.jsonl is inside the bundle"),
-        (["--ask", "2", "--questions", "{log}"], "log.jsonl already exists; give another file"),
+        (["--ask", "2", "--questions", "{log}"], "log.jsonl is a file that this command reads; write to another file"),
+        (["--ask", "2", "--questions", "{log}.1"], "log.jsonl.1 is a file that this command reads"),
         (
             ["--ask", "2", "--questions", "{home}.yaml", "--recipe", "{recipe}"],
             "home.yaml already exists; give another file, or complete it and give it as --log",
