@@ -98,7 +98,7 @@ def with_wrong_answers(rows: Sequence[TaskRow], share: float, rng: random.Random
     for number, place in enumerate(rng.sample(range(len(rows)), round(share * len(rows)))):
         item = slotted[place]
         exchanged = values.exchanged(item, rng) if item is not None and number % 2 else None
-        answer = exchanged[0].completion if exchanged is not None else other_answer(rows, place, rng)
+        answer = exchanged[0].row.completion if exchanged is not None else other_answer(rows, place, rng)
         wrong[place] = replace(rows[place], completion=answer)
     return wrong
 

@@ -17,7 +17,7 @@ WRONG = "wrong_label"
 
 KINDS = {
     UNUSABLE: "rows that cannot be used",
-    MISFIT: "answers of another form than the output or the other answers",
+    MISFIT: "answers of another form than the output or the others, or with a text that is not in the prompt",
     TOO_LONG: "rows that do not fit in the context, and are left out of the training",
     CONFLICT: "prompts with different answers",
     WRONG: "answers that are probably wrong (a model that has not seen them prefers another one)",
@@ -82,8 +82,9 @@ class JudgedRow:
     """How likely the answer of a row is to adapters that were not trained on it.
 
     `likelihood` is the probability of its least likely token; `relative` is the lowest probability of a token relative
-    to that of the likeliest one in its place, 1 if it is the answer that the model would give. `own` is the model's
-    answer if the row's is probably wrong; `weight` is then below 1, and smaller the less likely the row's answer is.
+    to that of the likeliest one in its place, 1 if it is the answer that the model would give, and is lower if the
+    answer has a value that the prompt does not have, as most do. `own` is the model's answer if the row's is probably
+    wrong; `weight` is then below 1, and smaller the less likely the row's answer is.
     """
 
     where: str

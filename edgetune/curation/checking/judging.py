@@ -20,6 +20,7 @@ from edgetune.training.schedule import passes
 
 from .findings import JudgedRow
 from .reading import Reader, RowReader
+from .said_values import rarity
 
 _LOGITS_PER_PASS = 2**25
 _WRONG = 0.1
@@ -59,16 +60,19 @@ def judge(
         for example, logits in zip(part, reader.answer_logits(part), strict=True):
             likelihoods[id(example)] = _likelihood(logits.double().log_softmax(-1), example)
             step.update()
-    limit = _limit([item.relative for item in likelihoods.values()])
+    read = [(row, example) for row, example in zip(rows, examples, strict=True) if id(example) in likelihoods]
+    items = [likelihoods[id(example)] for _, example in read]
+    median = np.median([item.relative for item in items])
+    rare = rarity([row for row, _ in read], [item.relative >= median for item in items])
+    relative = [item.relative * rarity_of_row for item, rarity_of_row in zip(items, rare, strict=True)]
+    limit = _limit(relative)
     judged = []
-    for row, example in zip(rows, examples, strict=True):
-        item, own = likelihoods.get(id(example)), None
-        if item is None:
-            continue
-        if item.relative <= limit:
+    for (row, example), item, found in zip(read, items, relative, strict=True):
+        own = None
+        if found <= limit:
             answer = _own_answer(reader.continued(), example, item, tokenizer, deadline)
             own = None if answer == row.completion else answer
-        judged.append(JudgedRow(row.where, item.likelihood, item.relative, own, min(1.0, item.relative / limit)))
+        judged.append(JudgedRow(row.where, item.likelihood, found, own, min(1.0, found / limit)))
     return judged
 
 

@@ -25,6 +25,7 @@ from edgetune.curation.checking.findings import JudgedRow, LabelEstimate, TaskCh
 from edgetune.curation.checking.judging import judge
 from edgetune.curation.checking.page import length_bars
 from edgetune.curation.checking.reading import Reader
+from edgetune.curation.checking.said_values import rarity
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
@@ -236,7 +237,7 @@ def test_values_and_fields_that_loosen_the_schema_for_all_are_named(tmp_path: Pa
         {"prompt": "darken the attic", "completion": {"do": "offf", "area": "attic"}},
         {"prompt": "dim the den", "completion": {"do": "dim", "area": "den"}},
         {"prompt": "light", "completion": {"do": "on"}},
-        {"prompt": "light a new room", "completion": {"do": "on", "area": "barn"}},
+        {"prompt": "turn on the lamp in the barn", "completion": {"do": "on", "area": "barn"}},
     ]
     found = checked(tmp_path, [*ORDERS * 2, *odd], validation=ORDERS[:1], output="auto")
     assert {f.where[0].rpartition(":")[2]: f.note for f in found.of_kind("misfit")} == {
@@ -253,6 +254,30 @@ def test_answers_are_compared_as_json_but_for_a_few_others(tmp_path: Path) -> No
     assert (places(found, "misfit"), places(found, "conflict")) == ([["train:22"]], [["train:1", "train:21"]])
     (doubt,) = read_task("home", Recipe.from_file(tmp_path / "recipe.yaml")).doubts
     assert doubt.startswith("1 of 22 answers are not JSON objects, such as ") and doubt.endswith("free text, not JSON")
+
+
+def test_a_text_that_the_prompt_does_not_have_is_named_where_most_prompts_have_theirs(tmp_path: Path) -> None:
+    attic = {"do": "on", "area": "attic"}
+    wrong = [{"prompt": "lamp on in the cellar", "completion": attic}]
+    prompts = ("turn on the attc lamp", "attics on", "the atticlamp on", "lamp under the roof on", "on under the roof")
+    spoken = [{"prompt": prompt, "completion": attic} for prompt in prompts]
+    assert "misfit" not in checked(tmp_path, [*ORDERS * 2, *spoken]).counts
+    assert "misfit" not in checked(tmp_path, [*ORDERS, *wrong]).counts  # too few rows to tell
+    found = checked(tmp_path, [*ORDERS * 2, *wrong])
+    assert [(f.where[0][-2:], f.note) for f in found.of_kind("misfit")] == [
+        ("41", "area is 'attic', which is not in the prompt; in 40 of 41 rows it is")
+    ]
+
+
+def test_an_answer_with_a_value_that_right_rows_have_in_the_prompt_is_less_likely() -> None:
+    def row(prompt: str, level: int) -> TaskRow:
+        return TaskRow("x:1", ({"role": "user", "content": prompt},), json.dumps({"do": "dim", "level": level}))
+
+    rows = [*(row(f"to {n}", n) for n in range(7)), row("darker", 0), row("to 3", 4), row("to 6", 5)]
+    rare = rarity(rows, [*[True] * 8, False, False])
+    # "dim" is in no prompt; a level is in seven of eight prompts of right rows.
+    assert rare == pytest.approx([0.9] * 7 + [0.2] * 3)
+    assert rarity([TaskRow("x:1", None, "plain text")], [True]) == [1]
 
 
 def test_fields_whose_names_are_data_are_not_taken_for_misspelled(tmp_path: Path) -> None:
