@@ -62,6 +62,12 @@ def test_help_lists_the_targets() -> None:
     assert listed == targets().keys() - {"demo-with-recipe"}
 
 
+def test_fast_leaves_out_tests_that_train() -> None:
+    collected = make("fast", f"PYTEST={sys.executable} -m pytest --collect-only -v {Path(__file__)}")
+    assert "test_help_lists_the_targets" in collected
+    assert "test_the_demo_builds_and_answers_with_each_adapter" not in collected
+
+
 def test_the_demo_builds_and_answers_with_each_adapter(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     out = make("demo", f"BUNDLE={tmp_path}/home", f"ARGS=--set base={tiny_gguf('llama')} {QUICK}")
     answers = out.partition("== one prompt, each engine, each adapter")[2]
