@@ -20,8 +20,8 @@ from edgetune_runtime.wording import shortened
 
 from edgetune.common.choices import is_complete
 
-_MOST_LEVELS = 50
-"""llguidance takes schemas of about 64."""
+MOST_LEVELS = 50
+"""Of lists and objects in an answer: llguidance takes schemas of about 64."""
 
 
 def infer(answers: Sequence[str]) -> OutputSpec | None:
@@ -30,8 +30,8 @@ def infer(answers: Sequence[str]) -> OutputSpec | None:
     if parsed and all(isinstance(value, dict | list) for value in parsed):
         shape = _Shape()
         for answer, value in zip(answers, parsed, strict=True):
-            if is_deeper(value, _MOST_LEVELS):
-                message = f"answer {shortened(answer)!r} has more than {_MOST_LEVELS} levels of lists and objects"
+            if is_deeper(value, MOST_LEVELS):
+                message = f"answer {shortened(answer)!r} has more than {MOST_LEVELS} levels of lists and objects"
                 raise UsageError(message, "use fewer, or no `output: auto`")
             shape.add(value)
         return output_of(schema=shape.schema(), spacing=spacing_of(answers))

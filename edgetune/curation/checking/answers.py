@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
-from edgetune_runtime.text.json_text import json_or_none
+from edgetune_runtime.text.json_text import is_deeper, json_or_none
 
-from edgetune.building.outputs.infer import infer, rejected
+from edgetune.building.outputs.infer import MOST_LEVELS, infer, rejected
 from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.data import TaskRow, kind_of
@@ -121,7 +121,12 @@ def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
         for place, fits in enumerate(structured)
         if not fits
     }
-    for place, note in itertools.chain(_odd_fields(parsed), _lone_texts(parsed), _lacking(parsed)):
+    deep = [
+        (place, f"has more than {MOST_LEVELS} levels of lists and objects")
+        for place, value in enumerate(parsed)
+        if is_deeper(value, MOST_LEVELS)
+    ]
+    for place, note in itertools.chain(deep, _odd_fields(parsed), _lone_texts(parsed), _lacking(parsed)):
         odd.setdefault(place, note)
     trained = [item.row.completion or "" for place, item in enumerate(rows) if item.split == TRAIN and place not in odd]
     spec = infer(trained)

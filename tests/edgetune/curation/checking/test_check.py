@@ -221,13 +221,15 @@ def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
         {"prompt": "is the fan on", "completion": "yes, it is"},
         {"prompt": "dim the study", "completion": {"do": "on", "aera": "study"}},
         {"prompt": "dim the fourth", "completion": {"do": "on", "area": 4}},
+        {"prompt": "dim the den a lot", "completion": {"do": "on", "area": json.loads("[" * 60 + "]" * 60)}},
     ]
     unseen = [{"prompt": "dim the den", "completion": {"do": "on", "area": "den", "level": 3}}]
     found = checked(tmp_path, [*ORDERS, *ORDERS[::-1], *odd], validation=unseen)
     assert {f.where[0].rpartition("home-")[2]: f.note for f in found.of_kind("misfit")} == {
-        "train.jsonl:41": "is not JSON, as 43 of 44 answers are",
+        "train.jsonl:41": "is not JSON, as 44 of 45 answers are",
         "train.jsonl:42": "has the field aera, which no other answer has; area is meant?",
         "train.jsonl:43": "area is a number, and text in 41 answers",
+        "train.jsonl:44": "has more than 50 levels of lists and objects",
         "validation.jsonl:1": "has a form or a value that no training row has",
     }
 
