@@ -1,4 +1,4 @@
-"""Finds answers of another form than the output or the other answers, and counts the kinds of answers."""
+"""Finds answers that differ in form from the output or the other answers, and counts the kinds of answers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from functools import lru_cache
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import is_deeper, json_or_none
+from edgetune_runtime.wording import first_of
 
 from edgetune.building.outputs.infer import MOST_LEVELS, infer, rejected
 from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
+from edgetune.tasks.augmentation.slots import has_value
 from edgetune.tasks.data import TaskRow, kind_of
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, is_list, same_but_for_case, without_label
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
+from .said_values import unsaid_texts
 
 _USUAL, _ODD = 0.9, 0.05
 """Share of the answers that makes a form the usual one, and the highest share of an odd one."""
@@ -29,6 +32,14 @@ _FEW_ROWS, _MOST_KINDS = 5, 100
 
 
 def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
+    """The answers of another form than the output or most others, and those with a text that their prompt lacks."""
+    found = list(_other_forms(task, rows))
+    odd = {where for finding in found for where in finding.where}
+    yield from found
+    yield from unsaid_texts([item for item in rows if item.row.where not in odd])
+
+
+def _other_forms(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
     """The answers that break the recipe's output or the schema of a tool, or have another form than most others.
 
     Without an output in the recipe, answers that are not trained on are compared with what the training rows suggest.
@@ -126,7 +137,7 @@ def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
         for place, value in enumerate(parsed)
         if is_deeper(value, MOST_LEVELS)
     ]
-    for place, note in itertools.chain(deep, _odd_fields(parsed), _lone_texts(parsed), _lacking(parsed)):
+    for place, note in itertools.chain(deep, _odd_fields(parsed), _lone_texts(rows, parsed), _lacking(parsed)):
         odd.setdefault(place, note)
     trained = [item.row.completion or "" for place, item in enumerate(rows) if item.split == TRAIN and place not in odd]
     spec = infer(trained)
@@ -160,8 +171,8 @@ def _odd_fields(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
                 yield from ((place, f"{path} is {kind}, and {usual} in {most} answers") for place in places[path, kind])
 
 
-def _lone_texts(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
-    """Positions of values with a text of their own in a field whose other texts are few and frequent."""
+def _lone_texts(rows: Sequence[SplitRow], parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
+    """Positions of values with a text that neither another has nor the prompt, where a field's texts are frequent."""
     texts: dict[str, Counter[str]] = {}
     places: dict[tuple[str, str], int] = {}
     for place, value in enumerate(parsed):
@@ -175,9 +186,13 @@ def _lone_texts(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
         is_closed = is_complete(usual) and min(usual.values()) >= _FEW_ROWS
         if is_closed and len(lone) <= max(1, int(_ODD * counts.total())):
             for text in lone:
+                place = places[path, text]
+                if has_value(rows[place].row.prompt, text):
+                    continue
                 near = difflib.get_close_matches(text, usual, n=1, cutoff=_MISSPELLED)
-                meant = f"{near[0]!r} is meant?" if near else f"they have one of {len(usual)} texts"
-                yield places[path, text], f"{path} is {text!r} in no other answer; {meant}"
+                others = first_of([repr(other) for other in usual], separator=", ")
+                meant = f"{near[0]!r} is meant?" if near else f"the others have {others}"
+                yield place, f"{path} is {text!r} in no other answer; {meant}"
 
 
 def _lacking(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:

@@ -40,7 +40,6 @@ from .findings import (
     SplitRow,
     TaskCheck,
 )
-from .said_values import unsaid_texts
 
 
 def check(
@@ -94,13 +93,10 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG or (
         task.spec.metric == "auto" and bool(without_object([item.row for item in rows]))
     )
-    misfits = list(answers.misfits(task, answered))
-    odd = {where for finding in misfits for where in finding.where}
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
         *_rows_as_headers(data, task.train),
-        *misfits,
-        *unsaid_texts([item for item in rows if item.row.where not in odd]),
+        *answers.misfits(task, answered),
         *_too_long(rows, tokens, recipe.context_length),
         *duplicates(rows, has_one_answer=has_one_answer),
         *(conflicts_in_conversations(rows, answered) if has_one_answer else ()),

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from edgetune.tasks.augmentation.answers import Answer, Scalar
 from edgetune.tasks.augmentation.slots import has_value, parts_of, spoken
@@ -65,20 +66,21 @@ def rarity(rows: Sequence[TaskRow], right: Sequence[bool]) -> list[float]:
 
 
 def _said_fields(row: TaskRow) -> dict[str, bool]:
-    """Whether the prompt has all values of a field."""
+    """Whether the prompts of a row's answers have all values of a field."""
     fields: dict[str, bool] = {}
-    for (field, _), is_said in _values_of(row).items():
+    for (field, _), is_said in chain.from_iterable(_values_of(part).items() for part in row.answers):
         fields[field] = fields.get(field, True) and is_said
     return fields
 
 
 def _values_of(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
-    """The texts and numbers of an answer in JSON or calls, by field, and whether the prompt has them."""
+    """The texts and numbers of the last answer, in JSON or calls, by field, and whether a text before has them."""
     answer = Answer.of(row)
     if answer is None:
         return {}
     text = answer.said(row)
-    values = dict.fromkeys((answer.field(path), value) for path, value in answer.scalars())
+    last = len(row.turns) - 1
+    values = [(answer.field(path), value) for path, value in answer.scalars() if answer.place_of(path) == last]
     return {(field, value): _is_said(text, value) for field, value in values}
 
 

@@ -85,9 +85,12 @@ class Answer:
 
     def is_told(self, row: TaskRow, path: FieldPath, mention: int) -> bool:
         """Whether the text at this place of `said` comes before the turn that has the value."""
-        part = path[0] if len(self.places) > 1 else 0
         text = self.said(row).count(BETWEEN_TEXTS, 0, mention)
-        return self.texts(row.turns)[text] < self.places[int(part)]
+        return self.texts(row.turns)[text] < self.place_of(path)
+
+    def place_of(self, path: FieldPath) -> int:
+        """The turn that has the value."""
+        return self.places[int(path[0]) if len(self.places) > 1 else 0]
 
     @property
     def parts(self) -> list[Any]:

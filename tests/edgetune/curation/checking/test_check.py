@@ -237,14 +237,14 @@ def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
 def test_values_and_fields_that_loosen_the_schema_for_all_are_named(tmp_path: Path) -> None:
     odd = [
         {"prompt": "darken the attic", "completion": {"do": "offf", "area": "attic"}},
-        {"prompt": "dim the den", "completion": {"do": "dim", "area": "den"}},
+        {"prompt": "make the den darker", "completion": {"do": "dim", "area": "den"}},
         {"prompt": "light", "completion": {"do": "on"}},
         {"prompt": "turn on the lamp in the barn", "completion": {"do": "on", "area": "barn"}},
     ]
     found = checked(tmp_path, [*ORDERS * 2, *odd], validation=ORDERS[:1], output="auto")
     assert {f.where[0].rpartition(":")[2]: f.note for f in found.of_kind("misfit")} == {
         "41": "do is 'offf' in no other answer; 'off' is meant?",
-        "42": "do is 'dim' in no other answer; they have one of 2 texts",
+        "42": "do is 'dim' in no other answer; the others have 'on', 'off'",
         "43": 'has no area, which 22 of 23 answers with do "on" have',
     }
 
