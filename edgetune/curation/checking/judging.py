@@ -20,7 +20,7 @@ from edgetune.training.schedule import passes
 
 from .findings import JudgedRow
 from .reading import Reader, RowReader
-from .said_values import rarity
+from .said_values import with_unsaid_values
 
 _LOGITS_PER_PASS = 2**25
 _WRONG = 0.1
@@ -62,9 +62,7 @@ def judge(
             step.update()
     read = [(row, example) for row, example in zip(rows, examples, strict=True) if id(example) in likelihoods]
     items = [likelihoods[id(example)] for _, example in read]
-    median = np.median([item.relative for item in items])
-    rare = rarity([row for row, _ in read], [item.relative >= median for item in items])
-    relative = [item.relative * rarity_of_row for item, rarity_of_row in zip(items, rare, strict=True)]
+    relative = with_unsaid_values([row for row, _ in read], [item.relative for item in items])
     limit = _limit(relative)
     judged = []
     for (row, example), item, found in zip(read, items, relative, strict=True):

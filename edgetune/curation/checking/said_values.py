@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -46,22 +47,26 @@ def unsaid_texts(rows: Sequence[SplitRow]) -> Iterator[Finding]:
                 break
 
 
-def rarity(rows: Sequence[TaskRow], right: Sequence[bool]) -> list[float]:
-    """How rare a row's values that its prompt does not have are among rows that are probably `right`; at most 1.
+def with_unsaid_values(rows: Sequence[TaskRow], relative: Sequence[float]) -> list[float]:
+    """The relative likelihoods of answers, lower for those with values that the prompt does not have.
 
-    Of each field, this is the share of the right rows with it whose prompt does not have its value, with one more of
-    either kind; of a row, the lowest one of its fields with such values.
+    Each is multiplied by the lowest share of rows, of those with the same field and a likelihood from the median on,
+    whose prompts do not have its value either. One row of either kind is added, so that no share is 0. Of an answer
+    that the model would give too (1) the likelihood stays, whatever its values.
     """
-    said = [_said_fields(row) for row in rows]
+    said, median = [_said_fields(row) for row in rows], statistics.median(relative)
     having: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
-    for fields, is_right in zip(said, right, strict=True):
-        if is_right:
+    for fields, likelihood in zip(said, relative, strict=True):
+        if likelihood >= median:
             having.update(fields.keys())
             lacking.update(field for field, is_said in fields.items() if not is_said)
+    shares = {field: (lacking[field] + 1) / (having[field] + 2) for field in chain.from_iterable(said)}
     return [
-        min(((lacking[field] + 1) / (having[field] + 2) for field, is_said in fields.items() if not is_said), default=1)
-        for fields in said
+        likelihood * min((shares[field] for field, is_said in fields.items() if not is_said), default=1)
+        if likelihood < 1
+        else likelihood
+        for fields, likelihood in zip(said, relative, strict=True)
     ]
 
 

@@ -25,7 +25,7 @@ from edgetune.curation.checking.findings import JudgedRow, LabelEstimate, TaskCh
 from edgetune.curation.checking.judging import judge
 from edgetune.curation.checking.page import length_bars
 from edgetune.curation.checking.reading import Reader
-from edgetune.curation.checking.said_values import rarity
+from edgetune.curation.checking.said_values import with_unsaid_values
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
@@ -271,15 +271,15 @@ def test_a_text_that_the_prompt_does_not_have_is_named_where_most_prompts_have_t
     ]
 
 
-def test_an_answer_with_a_value_that_right_rows_have_in_the_prompt_is_less_likely() -> None:
+def test_an_answer_with_a_value_that_most_right_rows_have_in_the_prompt_is_less_likely() -> None:
     def row(prompt: str, level: int) -> TaskRow:
         return TaskRow("x:1", ({"role": "user", "content": prompt},), json.dumps({"do": "dim", "level": level}))
 
     rows = [*(row(f"to {n}", n) for n in range(7)), row("darker", 0), row("to 3", 4), row("to 6", 5)]
-    rare = rarity(rows, [*[True] * 8, False, False])
-    # "dim" is in no prompt; a level is in seven of eight prompts of right rows.
-    assert rare == pytest.approx([0.9] * 7 + [0.2] * 3)
-    assert rarity([TaskRow("x:1", None, "plain text")], [True]) == [1]
+    likely = with_unsaid_values(rows, [*[0.8] * 7, 1, 0.5, 0.4])
+    # "dim" is in no prompt; a level is in seven of the eight prompts of right rows.
+    assert likely == pytest.approx([*[0.8 * 0.9] * 7, 1, 0.5 * 0.2, 0.4 * 0.2])
+    assert with_unsaid_values([TaskRow("x:1", None, "plain text")], [0.5]) == [0.5]
 
 
 def test_fields_whose_names_are_data_are_not_taken_for_misspelled(tmp_path: Path) -> None:
