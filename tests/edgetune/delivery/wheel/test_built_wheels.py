@@ -22,6 +22,8 @@ from runtime.bundles import Adapter, low_rank, write_bundle
 from edgetune.delivery.wheel.build import LIBRARIES, wheel_name
 from edgetune.delivery.wheel.platforms import GLIBC, PLATFORMS
 
+pytestmark = pytest.mark.slow
+
 # Before a test gives edgetune another cache folder.
 WHEELS = Path(platformdirs.user_cache_dir("edgetune")) / "wheels"
 VARIANTS = {
@@ -37,7 +39,6 @@ SHOW_VARIANT = """\
 from edgetune_runtime.engines.gguf.ggml import cpu_backend
 from edgetune_runtime.engines.gguf.llama import library
 
-pytestmark = pytest.mark.slow
 print(library().__file__, cpu_backend(library()).variant)
 """
 # Machine numbers of the ELF format.
