@@ -24,6 +24,7 @@ from edgetune_runtime.bundle import (
     AdapterEntry,
     BaseEntry,
     FileEntry,
+    GoldenAnswer,
     Manifest,
     RoutedCall,
     RouterEntry,
@@ -34,6 +35,7 @@ from edgetune_runtime.decoding.drafts import write_table
 from edgetune_runtime.engines import load_needs
 from edgetune_runtime.engines.needs import adapter_size
 from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
+from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.inference.routing.classifier import ROUTER_FILE, PromptClassifier, write_classifiers
 from edgetune_runtime.inference.routing.features import count_buckets
@@ -45,6 +47,8 @@ HYBRIDS = (("gguf", "lfm2"), ("gguf", "qwen35"), ("onnx", "lfm2"), ("onnx", "qwe
 """The engines of bases with recurrent layers, whose states cannot be cut."""
 CASES = (("gguf", "llama"), ("onnx", "llama"), *HYBRIDS)
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
+LIGHT_ON = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
+"""A question for `add_golden`."""
 
 
 def low_rank(base: Path, seed: int, rank: int = 4, modules: Sequence[str] = MODULES, size: float = 0.5) -> LowRank:
@@ -255,6 +259,22 @@ def add_draft_table(bundle: Path, engine: str, prompts: Sequence[str]) -> None:
         raw["files"]["adapters/one/draft.bin"] = _described(path)
 
     change_manifest(bundle, add)
+
+
+def add_golden(bundle: Path, engines: Sequence[str], prompts: Mapping[str, GoldenAnswer]) -> Path:
+    """Store what adapters answer on this machine as their golden answers; returns the bundle."""
+    golden: dict[str, dict[str, Any]] = {name: {} for name in prompts}
+    for engine in engines:
+        with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+            for name, prompt in prompts.items():
+                golden[name][engine] = asdict(replace(prompt, answer=ask(runtime, name, prompt)))
+
+    def add(raw: dict[str, Any]) -> None:
+        for name, answers in golden.items():
+            raw["adapters"][name]["golden"] = answers
+
+    change_manifest(bundle, add)
+    return bundle
 
 
 def _described(file: Path) -> dict[str, Any]:

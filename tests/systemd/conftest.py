@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 from edgetune_export.backends.base import Source
-from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer
-from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.store.opening import Opening
 from repositories import make_keys, publish
-from runtime.bundles import Adapter, change_manifest, low_rank, write_both
+from runtime.bundles import LIGHT_ON, Adapter, add_golden, low_rank, write_both
 from systemd.machine import Machine, booted, missing, prepare
 
 from edgetune.common.progress import Progress
@@ -60,9 +57,4 @@ def machine(bundle: Path, next_bundle: Path, tmp_path_factory: pytest.TempPathFa
 
 def _write(source: Source, out: Path, seed: int) -> Path:
     adapters = {"one": Adapter(low_rank(source.path, seed))}
-    made = write_both(out, source, adapters)
-    question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
-    with Runtime.open(made, engine="onnx", threads=1, disk_mb=0) as runtime:
-        golden = {"prompt": question.prompt, "answer": ask(runtime, "one", question), "max_tokens": 8}
-    change_manifest(made, lambda raw: raw["adapters"]["one"].update(golden={"onnx": golden}))
-    return made
+    return add_golden(write_both(out, source, adapters), ("onnx",), {"one": LIGHT_ON})

@@ -25,13 +25,11 @@ import pytest
 from damage import flip
 from edgetune_devices import boards, fit
 from edgetune_export.backends.base import EncoderSource
-from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer, read_manifest
+from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.adapter_changes import chosen_adapter
-from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import read_kit
@@ -40,7 +38,7 @@ from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
 from repositories import add_part, make_keys
-from runtime.bundles import Adapter, change_manifest, low_rank, write_both, write_bundle
+from runtime.bundles import LIGHT_ON, Adapter, add_golden, change_manifest, low_rank, write_both, write_bundle
 from runtime.encoders import write_encoder_bundle
 from wheels import repack
 
@@ -105,7 +103,7 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
     source = tiny_source("llama")
     adapters = {"command": Adapter(low_rank(source.path, seed=1))}
     bundle = write_both(tmp_path_factory.mktemp("bundle") / "home", source, adapters)
-    add_golden(bundle, ("gguf", "onnx"))
+    add_golden(bundle, ("gguf", "onnx"), {"command": LIGHT_ON})
     keys = make_keys(bundle.parent / "keys")
     keys.add("bundles/home/command")
     sign(bundle, keys)
@@ -119,18 +117,7 @@ def wide(wide_gguf: Callable[[int], Path], tmp_path_factory: pytest.TempPathFact
     base = wide_gguf(128)
     adapters = {"command": Adapter(low_rank(base, seed=1))}
     bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "wide", base, adapters)
-    add_golden(bundle, ("gguf",))
-    return bundle
-
-
-def add_golden(bundle: Path, engines: tuple[str, ...]) -> None:
-    """Add the answers of this machine as golden ones."""
-    question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
-    golden = {}
-    for engine in engines:
-        with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
-            golden[engine] = {"prompt": question.prompt, "answer": ask(runtime, "command", question), "max_tokens": 8}
-    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(golden=golden))
+    return add_golden(bundle, ("gguf",), {"command": LIGHT_ON})
 
 
 def make(bundle: Path, out: Path, wheelhouse: Path, *options: str) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -14,42 +12,17 @@ from typing import Any, ClassVar
 
 import pytest
 from edgetune_export.backends.base import EncoderSource
-from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import ASK, ConfidenceCurve, GoldenAnswer, UnsureRule
+from edgetune_runtime.bundle import ASK, ConfidenceCurve, UnsureRule
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.inference.golden import ask
+from edgetune_runtime.server.settings import Access, ServerLimits
 from edgetune_runtime.store import answers
 from ports import http_server
-from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
+from runtime.bundles import LIGHT_ON, Adapter, add_golden, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
+from runtime.server.conftest import started
 
 KEY = "0123456789abcdef"
-CHAT = ({"role": "user", "content": "turn on the light"},)
 TOOLS = ({"type": "function", "function": {"name": "turn_on", "parameters": {"type": "object", "properties": {}}}},)
-
-
-@contextmanager
-def served(bundle: Path, *options: str) -> Iterator[str]:
-    """The address of `edgetune-run serve` for a bundle."""
-    command = [sys.executable, "-I", "-m", "edgetune_runtime", "serve", str(bundle), "--port", "0", "--json", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield json.loads(process.stdout.readline())["url"]
-        finally:
-            process.terminate()
-
-
-def add_golden(bundle: Path, engine: str, prompts: dict[str, GoldenAnswer]) -> Path:
-    """Store what the runtime answers here."""
-    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
-        found = {name: ask(runtime, name, golden) for name, golden in prompts.items()}
-    for name, golden in prompts.items():
-        raw = {"prompt": golden.prompt, "answer": found[name], "max_tokens": golden.max_tokens, "tools": golden.tools}
-        change_manifest(bundle, lambda manifest, name=name, raw=raw: manifest["adapters"][name].update(
-            golden={engine: raw}
-        ))  # fmt: skip
-    return bundle
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +38,26 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
     }
     change_manifest(bundle, lambda manifest: manifest["adapters"]["chat"].update(rule))
     prompts = {
-        "chat": GoldenAnswer(CHAT, "", 8),
-        "text": GoldenAnswer("turn on", "", 8),
-        "tools": GoldenAnswer(CHAT, "", 8, tools=TOOLS),
-        "label": GoldenAnswer(CHAT, "", 8),
+        "chat": LIGHT_ON,
+        "text": replace(LIGHT_ON, prompt="turn on"),
+        "tools": replace(LIGHT_ON, tools=TOOLS),
+        "label": LIGHT_ON,
     }
-    return add_golden(bundle, "gguf", prompts)
+    return add_golden(bundle, ("gguf",), prompts)
 
 
-def test_a_server_of_the_bundle_gives_all_golden_answers(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(KEY)
+@contextmanager
+def served(bundle: Path, access: Access = Access(), **opening: object) -> Iterator[str]:  # noqa: B008 - it is frozen
+    """The address of a server for a bundle."""
+    with started(bundle, access, ServerLimits(grace_s=5), disk_mb=0, **opening) as server:
+        yield server.url
+
+
+def test_a_server_of_the_bundle_gives_all_golden_answers(home: Path) -> None:
     asked = answers.questions(home, "gguf")
     assert {question.adapter for question in asked} == {"chat", "text", "tools", "label"}
     assert {question.adapter for question in asked if question.expected} == {"chat", "text"}
-    with served(home, "--api-key-file", str(tmp_path / "keys")) as url:
+    with served(home, Access(keys=(KEY,))) as url:
         assert answers.is_ready(url)
         answers.check(url, KEY, asked)
         with pytest.raises(VerificationError, match="adapter chat does not answer: HTTP Error 401"):
@@ -99,10 +78,10 @@ def test_a_server_of_another_bundle_fails(home: Path, tiny_source: Callable[[str
 def test_an_encoder_is_asked_for_a_vector(encoder_source: Callable[[str], EncoderSource], tmp_path: Path) -> None:
     bundle = write_encoder_bundle(encoder_source("bert"), tmp_path / "encoder")
     names = list(json.loads((bundle / "manifest.json").read_text())["adapters"])
-    add_golden(bundle, "onnx", {names[0]: GoldenAnswer(CHAT, "", 8), names[1]: GoldenAnswer("is it on", "", 8)})
+    add_golden(bundle, ("onnx",), {names[0]: LIGHT_ON, names[1]: replace(LIGHT_ON, prompt="is it on")})
     asked = answers.questions(bundle, "onnx")
     assert [question.path for question in asked] == ["/v1/embeddings"] * 2
-    with served(bundle, "--engine", "onnx") as url:
+    with served(bundle, engine="onnx") as url:
         answers.check(url, None, asked)
 
 

@@ -5,19 +5,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer, read_manifest
+from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.inference.golden import ask
-from runtime.bundles import change_manifest
+from runtime.bundles import LIGHT_ON, add_golden, change_manifest
 
-MESSAGES = ({"role": "user", "content": "turn on the light"},)
 ENGINES = ("gguf", "onnx")
 Checked = Callable[..., tuple[int, Any, str]]
 
@@ -34,21 +32,11 @@ def checked(capsys: pytest.CaptureFixture[str]) -> Checked:
     return call
 
 
-def with_golden(bundle: Path, out: Path, engines: tuple[str, ...], prompt: Any = MESSAGES) -> Path:  # noqa: ANN401
+def with_golden(bundle: Path, out: Path, engines: tuple[str, ...], prompt: Any = LIGHT_ON.prompt) -> Path:  # noqa: ANN401
     """A copy of the bundle whose adapters have the answers of this machine as golden ones."""
     copy = Path(shutil.copytree(bundle, out))
-    for engine in engines:
-        question = GoldenAnswer(prompt, "", 8)
-        with Runtime.open(copy, engine=engine, disk_mb=0) as runtime:
-            answers = {name: ask(runtime, name, question) for name in runtime.adapters}
-        for name, answer in answers.items():
-            golden = {"prompt": prompt, "answer": answer, "max_tokens": 8, "margin": 0.5}
-            change_manifest(copy, partial(store, name, engine, golden))
-    return copy
-
-
-def store(name: str, engine: str, golden: dict[str, Any], raw: dict[str, Any]) -> None:
-    entry_of(raw, name).setdefault("golden", {})[engine] = golden
+    question = replace(LIGHT_ON, prompt=prompt, margin=0.5)
+    return add_golden(copy, engines, dict.fromkeys(read_manifest(copy).adapters, question))
 
 
 def entry_of(raw: dict[str, Any], name: str) -> dict[str, Any]:
