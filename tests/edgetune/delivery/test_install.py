@@ -16,7 +16,7 @@ from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError,
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import INSTALLING_NAME, installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
-from kits import PYTHON, KitMaker, ask, install_sh, run
+from kits import PYTHON, KitMaker, answer_of, ask, install_sh, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
@@ -123,7 +123,8 @@ def test_a_version_that_answers_differently_does_not_become_the_current_one(
     prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run("install", make("wrong"), "--prefix", prefix) == 4
-    assert capfd.readouterr().err.splitlines()[-1].startswith("edgetune-board: version ")
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert told.startswith("edgetune-board: version ") and "1 of 1 adapters answer differently" in told
     assert ask(prefix) == "one"
     assert versions.linked(prefix, "previous") is None
     assert run("install", make("two"), "--prefix", prefix) == 0
@@ -140,7 +141,7 @@ def test_a_version_that_crashes_does_not_become_the_current_one(
         f"edgetune-board: version {read_kit(kit).version} fails its check: it was ended by SIGABRT: "
         "x.cpp:7: GGML_ASSERT(n > 0) failed; the previous version still runs"
     )
-    assert ask(prefix) == "one"
+    assert answer_of(prefix) == "one"
 
 
 def test_a_bundle_without_golden_answers_is_installed_and_says_so(
@@ -169,10 +170,10 @@ def test_files_that_the_kit_lacks_come_from_the_store(
     "path", ["bundle/answer.txt", "bundle/manifest.json", "board.pyz", "install.sh", KIT_NAME, SUMS_NAME, "wheels"]
 )
 def test_a_tampered_kit_is_refused_and_the_old_version_runs(
-    path: str, prefix: Path, make: KitMaker, tmp_path: Path
+    path: str, prefix: Path, kits: tuple[Path, Path, Path], make: KitMaker, tmp_path: Path
 ) -> None:
     # A wheel is read where it is not installed yet; the environment of the others is there, which saves two seconds.
-    kit = Path(shutil.copytree(make("new", runtime="2" if path == "wheels" else "1"), tmp_path / "kit"))
+    kit = Path(shutil.copytree(make("new", runtime="2") if path == "wheels" else kits[1], tmp_path / "kit"))
     file = kit / path if path != "wheels" else next((kit / path).glob("edgetune*"))
     # In a comment of the script, so that it still runs.
     flip(file, 15 if path == "install.sh" else 0.5)
@@ -180,16 +181,23 @@ def test_a_tampered_kit_is_refused_and_the_old_version_runs(
     assert done.returncode in {4, 5}
     assert len([line for line in done.stderr.splitlines() if "copy the kit again" in line]) == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert ask(prefix) == "one"
+    assert answer_of(prefix) == "one"
 
 
-def test_a_damaged_file_of_an_installed_version_is_repaired(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
-    answer = prefix / "current/bundle/answer.txt"
-    answer.chmod(0o644)
-    answer.write_text("ont")
+def test_damaged_files_of_an_installed_version_are_repaired_for_all_versions(
+    prefix: Path, kits: tuple[Path, Path, Path]
+) -> None:
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    for name in ("answer.txt", "base/model.gguf"):
+        path = prefix / "current/bundle" / name
+        path.chmod(0o644)
+        path.write_bytes(b"x" * path.stat().st_size)
     (prefix / "current/kit.json").write_bytes(b"\xff")
-    assert run("install", kits[0], "--prefix", prefix) == 0
-    assert ask(prefix) == "one"
+    models = [prefix / link / "bundle/base/model.gguf" for link in ("current", "previous")]
+    assert [model.read_bytes() == b"weights" for model in models] == [False, False]
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    assert ask(prefix) == "two"
+    assert [model.read_bytes() for model in models] == [b"weights"] * 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff", b"[]", b'{"schema": 99}', b'{"schema": 1, "name": 5}'])
@@ -246,7 +254,7 @@ def test_a_kit_that_does_not_fit_this_machine_is_refused_in_one_line(
     assert run("install", kit, "--prefix", prefix) in {4, 5}
     (line,) = capfd.readouterr().err.splitlines()
     assert told in line and "; " in line
-    assert ask(prefix) == "one"
+    assert answer_of(prefix) == "one"
 
 
 def test_a_kit_with_more_packages_than_the_disk_has_space_for_is_refused(
@@ -283,7 +291,7 @@ def test_a_clock_at_1970_is_refused(
     monkeypatch.setattr("time.time", lambda: 100.0)
     assert run("install", kits[1], "--prefix", prefix) == 5
     assert "the clock says" in capfd.readouterr().err
-    assert ask(prefix) == "one"
+    assert answer_of(prefix) == "one"
 
 
 def test_a_python_that_the_kit_has_no_wheels_for_is_refused_by_the_script(
@@ -329,7 +337,7 @@ def test_two_installs_at_once_are_refused(
     with installing(prefix):
         assert run("install", kits[1], "--prefix", prefix) == BusyError.exit_code
     assert "another command" in capfd.readouterr().err
-    assert ask(prefix) == "one"
+    assert answer_of(prefix) == "one"
 
 
 def test_uninstall_leaves_nothing_but_the_files_of_others(prefix: Path, kits: tuple[Path, Path, Path]) -> None:

@@ -23,7 +23,7 @@ from edgetune_runtime.store import acknowledgement, service, sockets, switch, tr
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
 from kills import KILLED, killed_at
-from kits import KitMaker, ask, run, with_fields
+from kits import KitMaker, ask, contents, run, with_fields, write_bundle
 from ports import http_server
 from repositories import Publisher
 
@@ -101,6 +101,20 @@ def test_the_unit_follows_the_versions_and_goes_with_them(
     assert not unit.exists() and not prefix.exists()
     removed = ["disable --quiet --now", "reset-failed", "clean --what=all"]
     assert calls(systemd)[-4:-1] == [f"--user {call} edgetune-home" for call in removed]
+
+
+def test_a_unit_that_does_not_take_over_a_version_is_restarted(
+    make: KitMaker, systemd: Path, port: int, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_RELOAD_S", 0.3)
+    for answer in ("one", "two"):
+        make.write(contents(write_bundle(tmp_path / "bundle", answer)), tmp_path / answer)
+        calls(systemd)
+        assert run("install", tmp_path / answer, "--prefix", prefix, "--service", "--port", port) == 0
+        assert served(port) == answer
+    called = calls(systemd)
+    assert called[0] == "--user kill --kill-who=main --signal=HUP edgetune-home"
+    assert called[-1] == "--user restart edgetune-home"
 
 
 def test_an_install_that_changes_nothing_starts_a_unit_that_does_not_run(
@@ -367,16 +381,17 @@ def test_a_user_is_told_if_the_unit_ends_with_their_session(
     assert len(json.loads(capfd.readouterr().out)["warnings"]) == len(told)
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "[]", '{"name": "a/b", "port": 1, "user": true}', '{"name": "home", "port": "1", "user": true}']
-)
 def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
-    damage: str, make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     unit = ("--service", "--port", port)
     assert run("install", make("one"), "--prefix", prefix, *unit) == 0
-    settings = prefix / "service.json"
-    settings.write_text(damage)
+    settings, said = prefix / "service.json", list[str]()
+    settings_of = '{{"name": "{}", "port": {}, "user": true}}'.format
+    for damage in ("", settings_of("a/b", "1"), settings_of("home", '"1"'), "[]"):
+        settings.write_text(damage)
+        assert service.installed(prefix, said.append) is None
+    assert len(said) == 4 and all(line.startswith(f"{settings} is damaged") for line in said)
     capfd.readouterr()
     assert run("install", make("two"), "--prefix", prefix) == 0
     told = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
@@ -385,7 +400,7 @@ def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
     assert run("rollback", "--prefix", prefix) == 0
     assert run("install", make("two"), "--prefix", prefix, *unit) == 0
     assert served(port) == "two"
-    settings.write_text(damage)
+    settings.write_text("[]")
     assert run("list", "--prefix", prefix) == 0
     assert run("uninstall", "--prefix", prefix) == 0
     assert not prefix.exists()
