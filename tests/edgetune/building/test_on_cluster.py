@@ -1,4 +1,4 @@
-"""Builds on a real Ray cluster of this machine: a head without cores, and nodes that can be killed."""
+"""Builds and comparisons on a real Ray cluster of this machine: a head without cores, and nodes that can be killed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ import torch
 from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError
 from filelock import FileLock
-from recipes import adapter_of, lights, make_recipe
+from recipes import adapter_of, lights, make_recipe, write_recipe
 from trainings import QUIET, Listening, modified
 from waiting import wait_for
 
 from edgetune.building.pipeline import build
 from edgetune.cli.main import main
+from edgetune.comparison import grid
+from edgetune.comparison.engines import run_on_ray
+from edgetune.comparison.figures import read_outcome
 from edgetune.recipe.model import Recipe
 
 LORA = {"name": "lora", "r": 2}
@@ -238,6 +241,23 @@ def test_a_training_that_fails_is_named_and_the_next_build_gives_the_bundle_of_a
     build(recipe, tmp_path / "home", progress=(listening := Listening()), on_cluster=True)
     assert modified(tmp_path / "home.work/train") == before
     assert not any("on the cluster" in line for line in listening.lines), "what is trained already needs no node"
+
+
+def test_trials_of_a_comparison_have_the_same_outcomes_as_here(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cluster.have(2)
+    training = {"max_steps": 2, "evals": 1}
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), {"lights": adapter_of()}, training=training)
+    settings = {"rslora.target_modules": "nothing_like_it"}
+    request = grid.Request(recipe, "lights", ("lora", "rslora"), tmp_path / "out", (2,), None, settings)
+    trials = grid.trials_of(request, grid.recipe_of(request), "ab")
+    found = {outcome.name: outcome for outcome in run_on_ray(trials, QUIET)}
+    assert {name: outcome.status for name, outcome in found.items()} == {"lora-r2": "done", "rslora-r2": "failed"}
+    assert found["rslora-r2"].reason.startswith("adapter 'lights': the base has no module 'nothing_like_it'; ")
+    lora = found["lora-r2"]
+    assert lora == read_outcome(Path(trials[0].folder), trials[0].key)
+    assert list(lora.engines) == ["gguf"]
 
 
 def test_a_training_goes_on_elsewhere_when_its_node_dies(

@@ -24,7 +24,7 @@ from edgetune.cli.main import main
 from edgetune.common.module_process import write_request
 from edgetune.common.progress import Progress
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
-from edgetune.comparison.engines import outcome_of, run_here
+from edgetune.comparison.engines import outcome_of, run_here, run_on_ray
 from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
 from edgetune.comparison.sweep import Comparison, compare
@@ -509,3 +509,9 @@ def running(folder: Path) -> list[str]:
     """Command lines of processes that work in `folder`."""
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in listed if str(folder) in line]
+
+
+def test_without_ray_the_extra_is_named(request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(IncompatibleError, match=r'engine ray needs Ray; run: pip install "edgetune\[ray\]"'):
+        list(run_on_ray(trials(request_of()), QUIET))
