@@ -342,15 +342,15 @@ def test_a_resumed_build_trains_only_new_or_changed_adapters(tmp_path: Path, tin
     assert modified(training / "scaled")["result.json"] > second["result.json"]
 
 
-def test_a_row_that_moves_from_training_to_validation_makes_another_training(tiny_base: Callable[[str], Base]) -> None:
-    base, rows, keys = tiny_base("llama"), lights(10), []
-    for count in (8, 6):
-        adapter = {"data": {"train": rows[:count], "validation": rows[count:]}}
+def test_another_seed_or_a_row_moved_to_validation_makes_another_training(tiny_base: Callable[[str], Base]) -> None:
+    base, rows, keys = tiny_base("llama"), lights(10), set[str]()
+    for count, seed in ((8, 0), (6, 0), (8, 1)):
+        adapter = {"data": {"train": rows[:count], "validation": rows[count:]}, "training": {"seed": seed}}
         recipe = Recipe.from_dict(values_of(base.path, {"plain": adapter}))
         planned = plan_build(recipe)
         (prepared,) = builders.load(recipe.task).jobs(planned.plan, planned.tasks, base, QUIET)
-        keys.append(prepared.job.key)
-    assert keys[0] != keys[1]
+        keys.add(prepared.job.key)
+    assert len(keys) == 3
 
 
 def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(

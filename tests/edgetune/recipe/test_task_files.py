@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from edgetune_runtime.errors import UsageError
-from recipes import LIGHTS, adapter_of, values_of, write_rows
-from trainings import QUIET, modified
+from recipes import adapter_of, values_of
 
-from edgetune.building.pipeline import build
 from edgetune.recipe.json_schema import json_schema
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.saved import save_recipe
@@ -21,11 +19,9 @@ NO_MATCH = "recipe.yaml:13: adapters.from: no file matches '{}'; patterns are re
 LORA = {"name": "lora", "r": 2}
 
 
-def write(
-    folder: Path, files: Mapping[str, object], adapters: Mapping[str, Any] | None = None, base: object = "b.gguf"
-) -> Path:
+def write(folder: Path, files: Mapping[str, object], adapters: Mapping[str, Any] | None = None) -> Path:
     """Write a recipe, and files with one value each, as JSON, or as they are for a text; returns the recipe."""
-    values = values_of(str(base), TASKS if adapters is None else adapters)
+    values = values_of("b.gguf", TASKS if adapters is None else adapters)
     for name, content in {"recipe.yaml": values, **files}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,16 +154,3 @@ def test_the_schema_takes_patterns() -> None:
         jsonschema.validate(values_of("b.gguf", adapters), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(values_of("b.gguf", {"from": 5}), schema)
-
-
-def test_a_build_trains_again_what_changed_in_a_file(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    short = {"max_steps": 1, "evals": 1}
-    files = {f"tasks/{name}.yaml": adapter_of(LORA, training=short) for name in ("one", "two")}
-    path = write(tmp_path, files, base=tiny_gguf("llama"))
-    write_rows(tmp_path / "tasks/rows.jsonl", LIGHTS)
-    build(Recipe.from_file(path), tmp_path / "home", progress=QUIET)
-    before = modified(tmp_path / "home.work/train")
-    write(tmp_path, {"tasks/two.yaml": adapter_of(LORA, training={**short, "seed": 4})}, base=tiny_gguf("llama"))
-    build(Recipe.from_file(path), tmp_path / "home", progress=QUIET)
-    changed = {name for name, time in modified(tmp_path / "home.work/train").items() if before.get(name) != time}
-    assert changed and all(name.startswith("two/") for name in changed)
