@@ -72,9 +72,15 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     return path
 
 
-def test_the_page_shows_training_parity_and_boards_without_reaching_outside(bundle: Path, tmp_path: Path) -> None:
-    assert main(["report", str(bundle), "--out", str(tmp_path / "new" / "page.html")]) == 0
-    text = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def text(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the bundle, in a folder that was not there."""
+    out = tmp_path_factory.mktemp("page") / "new" / "page.html"
+    assert main(["report", str(bundle), "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_page_shows_training_parity_and_boards_without_reaching_outside(text: str) -> None:
     page = Page(text)
     for part in ("rows.jsonl: 12,345 tokens in 40 steps", "validation rose after step 20", NAME):
         assert part in page.text
@@ -106,20 +112,17 @@ def test_the_page_of_an_encoder_shows_its_parity(
     ]
 
 
-def test_the_page_draws_how_well_the_confidence_is_calibrated(bundle: Path, tmp_path: Path) -> None:
-    assert main(["report", str(bundle), "--out", str(tmp_path / "page.html")]) == 0
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+def test_the_page_draws_how_well_the_confidence_is_calibrated(text: str) -> None:
     assert text.count('class="bin"') == len(BINS)
     assert f'cx="{HEIGHT * 0.55}" cy="{HEIGHT * 0.5}"' in text
     assert "gguf, value" in Page(text).text and "error 0.03 (0.05 if exact)" in Page(text).text
     assert "gguf had only 3 question answers, too few for a confidence" in Page(text).text
 
 
-def test_the_page_says_what_each_min_confidence_leaves(bundle: Path, tmp_path: Path) -> None:
-    assert main(["report", str(bundle), "--out", str(tmp_path / "page.html")]) == 0
-    text = " ".join(Page((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
+def test_the_page_says_what_each_min_confidence_leaves(text: str) -> None:
     # Of 50 answers, 9 are wrong; of the 40 surest ones, 4.
-    assert "min_confidence 0.5 0.6 0.7 0.8 0.9 gguf, value 100%, 18.0% wrong 80%, 10.0% wrong 80%, 10.0% wrong" in text
+    row = "min_confidence 0.5 0.6 0.7 0.8 0.9 gguf, value 100%, 18.0% wrong 80%, 10.0% wrong 80%, 10.0% wrong"
+    assert row in " ".join(Page(text).text.split())
 
 
 def test_the_page_says_where_answers_have_no_confidence(bundle: Path, tmp_path: Path) -> None:
@@ -257,12 +260,6 @@ def test_the_best_and_the_worst_answers_are_shown_where_prompts_repeat(
     assert ["".join(answer.prompt for answer in shown) for shown in (score.best, score.worst)] == [best, worst]
 
 
-def test_a_curve_marks_the_checkpoint_that_ships_and_what_follows(bundle: Path) -> None:
-    drawn = curve(facts_of(bundle, read_manifest(bundle)).adapters[0])
-    assert drawn is not None
-    assert (drawn.first_step, drawn.rose_from, drawn.ships) == (10, WIDTH / 3, (WIDTH / 3, HEIGHT))
-
-
 def test_a_golden_answer_is_shown_where_no_row_is_answered(bundle: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(bundle, tmp_path / "copied")
     golden = {"gguf": {"prompt": "hi <u>", "answer": "hello <u>", "max_tokens": 4}}
@@ -273,11 +270,12 @@ def test_a_golden_answer_is_shown_where_no_row_is_answered(bundle: Path, tmp_pat
     assert "hi <u>" in page.text and "hello <u>" in page.text and "u" not in page.tags
 
 
-def test_a_curve_spans_the_plot_and_starts_at_the_first_step(bundle: Path) -> None:
+def test_a_curve_spans_the_plot_and_marks_the_checkpoint_that_ships_and_what_follows(bundle: Path) -> None:
     task, other = facts_of(bundle, read_manifest(bundle)).adapters
     drawn = curve(task)
     assert drawn is not None
-    assert (drawn.highest, drawn.lowest, drawn.last_step) == (2.0, 0.5, 40)
+    assert (drawn.highest, drawn.lowest, drawn.first_step, drawn.last_step) == (2.0, 0.5, 10, 40)
+    assert (drawn.rose_from, drawn.ships) == (WIDTH / 3, (WIDTH / 3, HEIGHT))
     assert drawn.train == f"0.0,0.0 {WIDTH / 3:.1f},{HEIGHT * 2 / 3:.1f} {WIDTH:.1f},{HEIGHT:.1f}"
     assert curve(other) is None
 
@@ -304,8 +302,3 @@ def test_the_model_card_classifies_with_adapters_that_have_labels(bundle: Path, 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) != 0
     assert "is not a bundle" in capsys.readouterr().err
-
-
-def test_the_report_of_a_copied_bundle_needs_no_training_files(bundle: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(bundle, tmp_path / "copied")
-    assert main(["report", str(copied), "--out", str(tmp_path / "page.html")]) == 0
