@@ -465,7 +465,7 @@ def test_kits_that_are_made_at_once_share_downloads_and_delete_no_wheels_in_use(
 ) -> None:
     own, cache, asked = repack("edgetune-runtime", tmp_path, "py3-none-any"), tmp_path / "cache", list[str]()
     cache.mkdir()
-    recent, old = (cache / f"h11-0.{number}-py3-none-any.whl" for number in (1, 2))
+    recent, old = (cache / f"tuf-0.{number}-py3-none-any.whl" for number in (1, 2))
     for path, days in ((recent, 0.5), (old, 2)):
         path.touch()
         os.utime(path, (time.time() - days * 86_400,) * 2)
@@ -477,7 +477,7 @@ def test_kits_that_are_made_at_once_share_downloads_and_delete_no_wheels_in_use(
         download(requirements, target, folder)
 
     monkeypatch.setattr(wheels, "_pip_download", slowly)
-    arguments = (["server"], TargetPython(this_machine.machine(), PYTHON), [own], cache, QUIET)
+    arguments = (["update"], TargetPython(this_machine.machine(), PYTHON), [own], cache, QUIET)
     with ThreadPoolExecutor() as pool:
         first, second = (running.result() for running in [pool.submit(collect, *arguments) for _ in range(2)])
     assert [wheel.path for wheel in first] == [wheel.path for wheel in second]

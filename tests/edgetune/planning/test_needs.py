@@ -15,7 +15,7 @@ from edgetune_export.backends.format import PROCESS_MB
 from edgetune_export.base_file.convert import part_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
-from recipes import adapter_of, lights, make_recipe
+from recipes import PLAIN, adapter_of, lights, make_recipe
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 from trainings import QUIET, Listening
@@ -155,7 +155,7 @@ TRAINS_BASE = ("full", {"name": "last_layers", "layers": 1})
 
 
 def test_the_bundle_is_about_as_large_as_predicted(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, tiny_gguf("llama"))
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), {"command": adapter_of(**PLAIN)})
     result = build(recipe, tmp_path / "home", progress=QUIET)
     size = sum(path.stat().st_size for path in result.bundle.rglob("*") if path.is_file())
     assert needs_of(recipe).bundle_mb * 1e6 == pytest.approx(size, rel=0.2)

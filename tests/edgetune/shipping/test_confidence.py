@@ -59,7 +59,8 @@ MORE: dict[str, dict[str, Any]] = {
 def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A bundle in both formats, and what its build said."""
     folder, listening = tmp_path_factory.mktemp("confidence"), Listening()
-    adapters = {name: adapter_of(METHOD, train=f"{name}.jsonl", draft=False, **MORE[name]) for name in ROWS}
+    plain: dict[str, Any] = {"method": METHOD, "draft": False, "golden": False}
+    adapters = {name: adapter_of(train=f"{name}.jsonl", **plain, **MORE[name]) for name in ROWS}
     data = {f"{name}.jsonl": rows for name, rows in ROWS.items()}
     keys: dict[str, Any] = {"targets": ["gguf", "onnx"], "training": {"evals": 1}}
     recipe = make_recipe(folder, tiny_gguf("llama"), adapters, data=data, **keys)

@@ -128,7 +128,8 @@ def test_rows_for_the_golden_answer_may_be_longer_than_those_of_the_parity_check
 ) -> None:
     # Two rows are held out, and longer ones are made that are out of scope.
     rows = [{"text": f"turn {number}", "label": ("off", "on")[number % 2]} for number in range(20)]
-    adapters = {"color": adapter_of(train="rows.jsonl", held_out=0.1, draft=False, out_of_scope=True)}
+    options: dict[str, Any] = {"held_out": 0.1, "draft": False, "confidence": False, "out_of_scope": True}
+    adapters = {"color": adapter_of(train="rows.jsonl", **options)}
     keys = {"training": {"max_steps": 1, "evals": 1}}
     recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"rows.jsonl": rows}, **keys)
     golden = read_manifest(build(recipe, tmp_path / "home", progress=QUIET).bundle).adapters["color"].golden
