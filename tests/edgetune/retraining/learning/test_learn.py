@@ -37,7 +37,7 @@ from edgetune.retraining.learning.learn import Learned, learn, read_logs
 from edgetune.retraining.learning.questions import ask, most_informative
 from edgetune.retraining.learning.questions import logged as write_logged
 
-TRAINING = {"max_steps": 60, "evals": 2, "learning_rate": 1e-2}
+TRAINING = {"max_steps": 30, "evals": 2, "learning_rate": 1e-2}
 ROWS = lights(24)
 COLORS = [{"text": f"make the lamp {color} {n}", "label": color} for n in range(12) for color in ("red", "warm")]
 
@@ -79,8 +79,9 @@ def corrections(count: int = 8, text: str | None = "reply on") -> list[dict[str,
     return [{"prompt": f"switch the lamp {n} on", "correction": text} for n in range(count)]
 
 
-def run(home: Path, log: Path, into: Path | None = None, recipe: str = NAME) -> Learned:
-    return learn(home, read_logs(home, [log], QUIET.say), home.with_name(recipe), into, QUIET)
+def run(home: Path, log: Path, into: Path | None = None, recipe: str | None = NAME) -> Learned:
+    path = None if recipe is None else home.with_name(recipe)
+    return learn(home, read_logs(home, [log], QUIET.say), path, into, QUIET)
 
 
 def test_corrections_are_learned_beside_the_old_rows(home: Path, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_training_starts_from_the_adapters_where_they_were_kept(built: Path, hom
     text = home.with_name(NAME).read_text(encoding="utf-8")
     # One step that changes nothing: a new adapter would answer as the base does.
     frozen = text.replace('"learning_rate": 0.01', '"learning_rate": 1e-09').replace(
-        '"max_steps": 60', '"max_steps": 1'
+        '"max_steps": 30', '"max_steps": 1'
     )
     assert frozen.count('"max_steps": 1,') == frozen.count('"learning_rate": 1e-09') == 1
     home.with_name("frozen.yaml").write_text(frozen, encoding="utf-8")
@@ -136,11 +137,17 @@ def test_training_starts_from_no_adapter_of_a_build_that_packed_none(built: Path
     assert adapter_folders(home, "light") == adapter_folders(home, "color") == []
 
 
-def test_training_with_other_modules_starts_from_the_beginning(built: Path, home: Path) -> None:
+def test_other_modules_start_from_the_beginning_and_negatives_have_prompts_of_adapters_that_are_not_learned(
+    built: Path, home: Path
+) -> None:
     shutil.copytree(built / "home.work", home.with_name("home.work"))
     text = home.with_name(NAME).read_text(encoding="utf-8")
     method = '"method": {"name": "lora", "target_modules": ["q_proj", "v_proj"]}'
-    home.with_name(NAME).write_text(text.replace('"method": "lora"', method, 1), encoding="utf-8")
+    rows = '"light.jsonl", "held_out": 0.2'
+    augmented = f'{rows}, "augment": {{"copies": 1, "negatives": {{"completion": "none"}}}}'
+    changed = text.replace('"method": "lora"', method, 1).replace(rows, augmented)
+    assert method in changed and augmented in changed
+    home.with_name(NAME).write_text(changed, encoding="utf-8")
     assert run(home, logged(home, corrections())).learned == {"light": 6}
 
 
@@ -156,20 +163,37 @@ def test_a_log_is_read_once_with_the_file_before_it(home: Path) -> None:
     assert read_logs(home, [before], QUIET.say)[0].correction == "lamp on"
 
 
-def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> None:
-    recipe_file = home.with_name(NAME)
-    recipe_file.write_text(recipe_file.read_text().replace('"held_out": 0.2', '"held_out": 0.2, "rows": 19', 1))
-    run(home, logged(home, corrections(8)))
-    more = [{"prompt": f"lamp {n} please", "correction": "reply on"} for n in range(4)]
-    result = learn(home, read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say), None, None, QUIET)
-    assert result.bundle == home
+def test_the_next_log_is_learned_beside_what_was_kept_which_stays_until_the_bundle_is_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    text = home.with_name(NAME).read_text(encoding="utf-8").replace('{"max_steps": 2}', '{"max_steps": 40}')
+    home.with_name(NAME).write_text(text.replace('"held_out": 0.2', '"held_out": 0.2, "rows": 19', 1), encoding="utf-8")
+    colors = [{"prompt": f"shine {n}", "adapter": "color", "correction": "warm"} for n in range(4)]
+    assert run(home, logged(home, [*corrections(), *colors])).bundle == home
+    before = kept_recipe(home)
+    more = logged(home, [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)], "more.jsonl")
+    for cut in ("edgetune.recipe.saved.write_file", "edgetune.retraining.learning.kept.swap_in"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cut, full)
+            with pytest.raises((OutOfSpaceError, OSError)):
+                run(home, more, recipe=None)
+        assert kept_recipe(home) == before
+    result = run(home, more, recipe=None)
+    assert (result.bundle, result.learned) == (home, {"light": 3})
+    assert len([*home.with_name("home.learn").glob("kept-*")]) == 1
     # Corrections that were held out are validation rows now.
     assert result.changes["light"]["validation"].rows == 5 + 2
-    recipe = kept_recipe(home)
-    assert set(recipe.adapters) == {"light", "color"}
+    recipe = recipe_beside(home, ["light", "color"])
+    assert recipe is not None and set(recipe.adapters) == {"light", "color"}
     # Each build would draw so many rows again, and lose corrections.
     assert recipe.adapters["light"].data.rows is None
-    assert len(Path(str(recipe.adapters["light"].data.train)).read_text().splitlines()) == 19 + 6 + 3
+    assert len(rows_of(recipe, "light").splitlines()) == 19 + 6 + 3
+    # Those of an adapter that is not learned are kept too.
+    assert "shine 1" in rows_of(recipe, "color") and "glow 1" in rows_of(recipe, "light")
+    assert len(adapter_folders(home, "color")) == 1
 
 
 def kept_recipe(home: Path, name: str = "light") -> Recipe:
@@ -190,39 +214,10 @@ def test_what_was_kept_counts_while_the_bundle_has_the_adapter(built: Path, home
     shutil.copytree(built / "home", home)
     assert adapter_folders(home, "light") == []
     with pytest.raises(NotFoundError, match="; give the recipe"):
-        learn(home, read_logs(home, [log], QUIET.say), None, None, QUIET)
+        run(home, log, recipe=None)
     # Only the corrected adapter is another one.
     assert recipe_beside(home, ["color"])
     assert run(home, log).learned == {"light": 6}
-
-
-def test_what_was_kept_stays_until_the_next_bundle_is_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    run(home, logged(home, corrections()))
-    before, more = kept_recipe(home), [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)]
-    entries = read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say)
-    for cut in ("edgetune.recipe.saved.write_file", "edgetune.retraining.learning.kept.swap_in"):
-        with monkeypatch.context() as patch:
-            patch.setattr(cut, full)
-            with pytest.raises((OutOfSpaceError, OSError)):
-                learn(home, entries, None, None, QUIET)
-        assert kept_recipe(home) == before
-    assert learn(home, entries, None, None, QUIET).learned == {"light": 3}
-    assert len([*home.with_name("home.learn").glob("kept-*")]) == 1
-
-
-def test_rows_of_other_adapters_are_kept_too(home: Path) -> None:
-    colors = [{"prompt": f"shine {n}", "adapter": "color", "correction": "warm"} for n in range(4)]
-    text = home.with_name(NAME).read_text(encoding="utf-8")
-    home.with_name(NAME).write_text(text.replace('{"max_steps": 2}', '{"max_steps": 40}'), encoding="utf-8")
-    assert run(home, logged(home, [*corrections(), *colors])).bundle == home
-    more = [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)]
-    learn(home, read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say), None, None, QUIET)
-    recipe = recipe_beside(home, ["light", "color"])
-    assert recipe is not None and "shine 1" in rows_of(recipe, "color") and "glow 1" in rows_of(recipe, "light")
-    assert len(adapter_folders(home, "color")) == 1
 
 
 def test_a_recipe_without_an_adapter_leaves_what_was_kept_of_it(home: Path) -> None:
@@ -243,7 +238,7 @@ def test_corrections_of_an_adapter_stay_when_another_is_built_anew(home: Path) -
     values = YAML(typ="safe").load(home.with_name(NAME))
     values["adapters"]["color"]["training"] = {"max_steps": 40}
     home.with_name("home.yaml").write_text(json.dumps(values), encoding="utf-8")
-    learn(home, read_logs(home, [logged(home, corrections())], QUIET.say), None, None, QUIET)
+    run(home, logged(home, corrections()), recipe=None)
     build(Recipe.from_file(home.with_name("home.yaml")).only(["color"]), home, progress=QUIET, into=True)
     colors = [{"prompt": f"shine {n}", "adapter": "color", "correction": "warm"} for n in range(4)]
     more = [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)]
@@ -252,22 +247,15 @@ def test_corrections_of_an_adapter_stay_when_another_is_built_anew(home: Path) -
         assert recipe is not None and "switch the lamp 7 on" in rows_of(recipe, "light")
         again = [{**row, "prompt": f"{row['prompt']} {number}"} for row in new]
         log = logged(home, again, f"{number}.jsonl")
-        assert learn(home, read_logs(home, [log], QUIET.say), None, None, QUIET).bundle == home
+        assert run(home, log, recipe=None).bundle == home
     # Of each four, one is held out.
     recipe = kept_recipe(home)
     assert (rows_of(recipe, "light").count("glow"), rows_of(recipe, "color").count("shine")) == (3, 6)
 
 
-def test_adapters_that_are_not_learned_have_their_prompts_in_its_rows(home: Path) -> None:
-    text, plain = home.with_name(NAME).read_text(encoding="utf-8"), '"light.jsonl", "held_out": 0.2'
-    augmented = text.replace(plain, plain + ', "augment": {"copies": 1, "negatives": {"completion": "none"}}')
-    home.with_name(NAME).write_text(augmented, encoding="utf-8")
-    assert augmented != text and run(home, logged(home, corrections())).learned == {"light": 6}
-
-
 def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = read_manifest(home)
-    text = home.with_name(NAME).read_text().replace('"max_steps": 60', '"max_steps": 1').replace("0.01", "1.0e-09")
+    text = home.with_name(NAME).read_text().replace('"max_steps": 30', '"max_steps": 1').replace("0.01", "1.0e-09")
     home.with_name(NAME).write_text(text)
     log = logged(home, corrections())
     page = home.with_name("learned.html")
@@ -365,7 +353,7 @@ def test_the_recipe_with_the_old_rows_is_asked_for(home: Path) -> None:
     with pytest.raises(UsageError, match="the given recipe has no adapter 'light'"):
         learn(home, entries, recipe, None, QUIET)
     with pytest.raises(NotFoundError, match="; give the recipe"):
-        learn(home, read_logs(home, [logged(home, corrections())], QUIET.say), None, None, QUIET)
+        run(home, logged(home, corrections()), recipe=None)
 
 
 def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(

@@ -22,7 +22,7 @@ from edgetune.cli.main import main
 from edgetune.retraining.learning.kept import adapter_folders, recipe_beside
 from edgetune.retraining.rebasing.recipe import RecipeSource, recipe_for
 
-TRAINING = {"max_steps": 60, "evals": 2, "learning_rate": 1e-2}
+TRAINING = {"max_steps": 30, "evals": 2, "learning_rate": 1e-2}
 DATA: dict[str, list[dict[str, Any]]] = {
     "light.jsonl": lights(24),
     "tone.csv": [
