@@ -137,7 +137,7 @@ def test_training_starts_from_no_adapter_of_a_build_that_packed_none(built: Path
     assert adapter_folders(home, "light") == adapter_folders(home, "color") == []
 
 
-def test_other_modules_start_from_the_beginning_and_negatives_have_prompts_of_adapters_that_are_not_learned(
+def test_other_modules_start_from_the_beginning_and_negatives_have_prompts_of_all_adapters(
     built: Path, home: Path
 ) -> None:
     shutil.copytree(built / "home.work", home.with_name("home.work"))
