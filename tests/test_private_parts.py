@@ -9,7 +9,8 @@ import ast
 import ctypes
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -204,11 +205,11 @@ def test_torch_tells_whether_the_processor_multiplies_bf16() -> None:
     assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
 
 
-def trees() -> Iterator[ast.AST]:
+@cache
+def trees() -> list[ast.AST]:
     """Every module of the packages, parsed."""
-    for source in SOURCES:
-        for path in sorted((ROOT / source).rglob("*.py")):
-            yield ast.parse(path.read_text(encoding="utf-8"))
+    paths = (path for source in SOURCES for path in sorted((ROOT / source).rglob("*.py")))
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def test_llama_cpp_has_every_function_and_constant_that_is_called() -> None:
