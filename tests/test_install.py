@@ -114,33 +114,28 @@ def test_an_install_says_how_long_it_took(tmp_path: Path) -> None:
     assert "Requirement already satisfied: pip" in log.read_text(encoding="utf-8")
 
 
-def test_llama_cpp_is_compiled_with_the_settings_of_the_script_and_once(
+def test_llama_cpp_is_compiled_once_with_the_settings_of_the_script_and_replaces_one_with_others(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     sdist(tmp_path)
     (tmp_path / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
-    for number in range(2):
-        venv.create(tmp_path / f"venv{number}", with_pip=False, symlinks=True)
-        output = install(tmp_path / f"venv{number}", environment)
-        assert "Successfully installed llama-cpp-python-0.3.36" in output, output
-        assert ("Building wheel for llama-cpp-python" in output) == (number == 0)
-    assert installed_settings(tmp_path / "venv1") == runpy.run_path(str(SCRIPT))["LLAMA_SETTINGS"]
-
-
-def test_an_installed_llama_cpp_with_other_settings_is_replaced_once(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
-    sdist(tmp_path)
-    (tmp_path / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    pip_install = [str(tmp_path / "venv/bin/python"), "-m", "pip", "install", "--config-settings=other=yes"]
+    settings = runpy.run_path(str(SCRIPT))["LLAMA_SETTINGS"]
+    new, used = tmp_path / "new", tmp_path / "used"
+    for prefix in (new, used):
+        venv.create(prefix, with_pip=False, symlinks=True)
+    output = install(new, environment)
+    assert "Building wheel for llama-cpp-python" in output, output
+    assert installed_settings(new) == settings
+    pip_install = [str(used / "bin/python"), "-m", "pip", "install", "--config-settings=other=yes"]
     for _ in range(2):  # in an environment that the script has not seen, then in one where it installed its own
         again = [*pip_install, "--force-reinstall", "--no-cache-dir", "llama-cpp-python"]
         subprocess.run(again, env=environment, capture_output=True, check=True)
-        assert installed_settings(tmp_path / "venv") == {"other": "yes"}
-        assert "Successfully installed llama-cpp-python-0.3.36" in install(tmp_path / "venv", environment)
-        assert installed_settings(tmp_path / "venv") == runpy.run_path(str(SCRIPT))["LLAMA_SETTINGS"]
-    assert "Successfully installed" not in install(tmp_path / "venv", environment)
+        assert installed_settings(used) == {"other": "yes"}
+        output = install(used, environment)
+        assert "Successfully installed llama-cpp-python-0.3.36" in output, output
+        assert "Building wheel for llama-cpp-python" not in output
+        assert installed_settings(used) == settings
+    assert "Successfully installed" not in install(used, environment)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
