@@ -7,7 +7,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +18,7 @@ from types import ModuleType
 import paho.mqtt.client as mqtt
 import pytest
 from examples.conftest import EXAMPLES, ORDERS
-from ports import free_port
-from waiting import wait_for
+from ports import free_port, wait_for_port
 
 # Debian installs it where only root's PATH has it.
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
@@ -39,18 +37,10 @@ def broker_at(port: int, folder: Path, anonymous: str = "true") -> Iterator[None
     config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous {anonymous}\n", encoding="utf-8")
     with subprocess.Popen([MOSQUITTO, "-c", str(config)], stderr=subprocess.DEVNULL) as process:
         try:
-            wait_for(lambda: is_open(port))
+            wait_for_port(port)
             yield
         finally:
             process.terminate()
-
-
-def is_open(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 class App:
@@ -123,25 +113,7 @@ def app_of(home_bundle: Path) -> Iterator[Callable[[int], App]]:
 
 
 @needs_mosquitto
-def test_orders_go_to_the_topic_of_their_area_and_service_and_then_the_reply_comes(
-    app_of: Callable[[int], App], tmp_path: Path
-) -> None:
-    port = free_port()
-    with broker_at(port, tmp_path), listening(port) as listener:
-        app_of(port)
-        for sentence, topic, payload in (
-            (LAMP, "home/hall/light/turn_off", {}),
-            (BLIND, "home/living_room/cover/open", {}),
-            (TIMER, "home/house/timer/start", {"minutes": 5}),
-        ):
-            listener.say(sentence)
-            heard, order = listener.next()
-            assert (heard, json.loads(order)) == (topic, payload)
-            assert listener.next() == ("home/reply", f"Certainly, {ORDERS[sentence]['service']}.")
-
-
-@needs_mosquitto
-def test_a_question_is_answered_without_an_order_and_a_bad_sentence_stops_nothing(
+def test_orders_go_to_their_topics_questions_are_answered_and_a_bad_sentence_stops_nothing(
     app_of: Callable[[int], App], tmp_path: Path
 ) -> None:
     port = free_port()
@@ -154,6 +126,15 @@ def test_a_question_is_answered_without_an_order_and_a_bad_sentence_stops_nothin
         assert topic == "home/reply"
         assert error.startswith("error: ")
         assert listener.next() == ("home/reply", "If I may, light rain.")
+        for sentence, topic, payload in (
+            (LAMP, "home/hall/light/turn_off", {}),
+            (BLIND, "home/living_room/cover/open", {}),
+            (TIMER, "home/house/timer/start", {"minutes": 5}),
+        ):
+            listener.say(sentence)
+            heard, order = listener.next()
+            assert (heard, json.loads(order)) == (topic, payload)
+            assert listener.next() == ("home/reply", f"Certainly, {ORDERS[sentence]['service']}.")
 
 
 @needs_mosquitto

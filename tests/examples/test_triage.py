@@ -73,7 +73,7 @@ def bundles(
         "adapters.topic.training.learning_rate=1e-2",
     )
     build_tiny("sort", folder, tiny_encoder("bert"), *learned)
-    build_tiny("reply", folder, tiny_gguf("llama"), "training.max_steps=10")
+    build_tiny("reply", folder, tiny_gguf("llama"), "adapters.reply.data.rows=40", "training.max_steps=2")
     return folder / "sort", folder / "reply"
 
 
