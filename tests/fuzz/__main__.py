@@ -168,7 +168,7 @@ class Runner:
     """Runs cases of a kind in a worker, and those that do harm there again in one that is guarded."""
 
     def __init__(self, kind: str, seeds: Path) -> None:
-        self._worker, self._guarded = Worker(kind, seeds), Worker(kind, seeds, is_guarded=True)
+        self._worker, self._guarded = Worker([kind], seeds), Worker([kind], seeds, is_guarded=True)
         self._kind, self._form, self._valid = kind, KINDS[kind].form, valid_file(kind, seeds)
 
     def edits_of(self, seed: int, case: int) -> list[Edit]:

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .worker import CASES_PER_FORK, LENGTH_BYTES, READY, WORK
+from .worker import CASES_PER_FORK, LENGTH_BYTES, NEXT_KIND, READY, WORK
 
 TIMEOUT = "timeout"
 CASE_S = 10.0
@@ -62,30 +63,23 @@ def environment(work: Path, *, is_guarded: bool) -> dict[str, str]:
 
 
 class Worker:
-    """A worker process for one kind of file.
+    """A worker process for some kinds of files, one after the other.
 
     It opens bundles without their check in a child process, which takes a second and would hide what the file does,
     unless it `is_guarded`, as an app is.
     """
 
-    def __init__(self, kind: str, seeds: Path, *, is_guarded: bool = False) -> None:
-        self._kind, self._seeds, self._is_guarded = kind, seeds, is_guarded
+    def __init__(self, kinds: Sequence[str], seeds: Path, *, is_guarded: bool = False) -> None:
+        self._kinds, self._seeds, self._is_guarded = list(kinds), seeds, is_guarded
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in `close`
         self._work = tempfile.TemporaryDirectory(prefix="fuzz-")
         self._count = self._fork = 0
 
     def run(self, data: bytes) -> Outcome:
-        """Open a file with these bytes."""
-        if self._process is None:
-            self._start()
-        elif self._count == CASES_PER_FORK:
-            self._expect_ready()
-        assert self._process is not None
-        assert self._process.stdin is not None
+        """Open a file with these bytes, which is of the first kind."""
+        self._send(len(data).to_bytes(LENGTH_BYTES, "little") + data)
         self._count += 1
-        self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
-        self._process.stdin.flush()
         answer = self._answer(GUARDED_CASE_S if self._is_guarded else CASE_S)
         if answer is None:
             return self._hanging()
@@ -95,14 +89,31 @@ class Worker:
             return outcome
         return Outcome(answer["outcome"], answer.get("cause", ""), answer.get("text", ""))
 
+    def next_kind(self) -> None:
+        """Go on to files of the next kind, if there is one."""
+        self._send(NEXT_KIND)
+        del self._kinds[0]
+        if self._kinds:
+            self._expect_ready()
+
     def close(self) -> None:
         """End the process."""
         self._end()
         self._errors.close()
         self._work.cleanup()
 
+    def _send(self, data: bytes) -> None:
+        if self._process is None:
+            self._start()
+        elif self._count == CASES_PER_FORK:
+            self._expect_ready()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+
     def _start(self) -> None:
-        command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", self._kind, str(self._seeds)]
+        command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", ",".join(self._kinds), str(self._seeds)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -116,7 +127,7 @@ class Worker:
     def _expect_ready(self) -> None:
         answer = self._answer(START_S)
         if answer is None or answer["outcome"] != READY:
-            raise RuntimeError(f"the worker for {self._kind} does not open the valid file: {self._said()[-5:]}")
+            raise RuntimeError(f"the worker for {self._kinds[0]} does not open the valid file: {self._said()[-5:]}")
         self._fork, self._count = answer["pid"], 0
 
     def _answer(self, seconds: float) -> Any:  # noqa: ANN401 - the worker's JSON

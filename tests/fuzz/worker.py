@@ -1,4 +1,4 @@
-"""A child process that opens changed files of one kind: their bytes after their length in, a JSON line each out."""
+"""A child process that opens changed files, kind by kind: their bytes after their length in, a JSON line each out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LENGTH_BYTES = 8
+NEXT_KIND = b"\xff" * LENGTH_BYTES
+"""In place of a length: files of the next kind follow."""
 READY = "ready"
 """The first outcome of a fork, with its process id."""
 WORK = "EDGETUNE_FUZZ_WORK"
@@ -47,29 +49,30 @@ SAME_LINE_KINDS = {"recipe", "answer-log"}
 
 
 def main() -> None:
-    """Open the files of the kind in the first argument, with the seeds in the folder of the second one.
+    """Open the files of the kinds in the first argument, with the seeds in the folder of the second one.
 
     A fork does it, as libraries are slow to import: when a case has ended it, that is the outcome, and the next fork
-    goes on, as it does after CASES_PER_FORK cases.
+    goes on, as it does after CASES_PER_FORK cases. Each kind has forks of its own.
     """
-    kind, seeds = sys.argv[1], Path(sys.argv[2])
+    kinds, seeds = sys.argv[1].split(","), Path(sys.argv[2])
     # What libraries print is not an outcome.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import_libraries(kind)
-    while True:
-        fork = os.fork()
-        if not fork:
-            os._exit(_run_cases(kind, seeds, answers))
-        code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
-        if code == 0:
-            break
-        if code != _WORN:
-            _say({"outcome": signal.Signals(-code).name if code < 0 else f"exit {code}"}, answers)
+    for kind in kinds:
+        import_libraries(kind)
+        while True:
+            fork = os.fork()
+            if not fork:
+                os._exit(_run_cases(kind, seeds, answers))
+            code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+            if code == 0:
+                break
+            if code != _WORN:
+                _say({"outcome": signal.Signals(-code).name if code < 0 else f"exit {code}"}, answers)
 
 
 def _run_cases(kind: str, seeds: Path, answers: TextIO) -> int:
-    """Open files until there are no more, or it must be replaced; the exit code that says which."""
+    """Open files until there are no more of this kind, or it must be replaced; the exit code that says which."""
     from .kinds import opener  # noqa: PLC0415 - after standard output is out of the way
 
     # Not in the fork's memory alone: a fork that a case ends cannot remove it.
@@ -80,7 +83,7 @@ def _run_cases(kind: str, seeds: Path, answers: TextIO) -> int:
         _say({"outcome": READY, "pid": os.getpid()}, answers)
         for _ in range(CASES_PER_FORK):
             length = _read(LENGTH_BYTES)
-            if not length:
+            if length in {b"", NEXT_KIND}:
                 return 0
             changed = _read(int.from_bytes(length, "little"))
             os.lseek(2, 0, os.SEEK_SET)
