@@ -180,8 +180,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-engine = GgufEngine(Path(sys.argv[1]), context_length=256, threads=1, repack=sys.argv[2] == "repacked")
-engine.decode([3 + number % 300 for number in range(250)])
+engine = GgufEngine(Path(sys.argv[1]), context_length=128, threads=1, repack=sys.argv[2] == "repacked")
+engine.decode([3 + number % 300 for number in range(120)])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
@@ -201,7 +201,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, sm
     run = [sys.executable, "-c", MEASURE, str(path), weights]
     measured = subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout
     repacks = repacked_types(instructions()) if weights == "repacked" else ()
-    needs = needs_of_header(read_header(path), context_length=256)
+    needs = needs_of_header(read_header(path), context_length=128)
     assert needed_mb(needs, repacks=repacks) == pytest.approx(int(measured) * 1024 / 1e6, rel=0.1)
 
 
