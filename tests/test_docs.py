@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from edgetune_runtime.sizing import bench
 from ports import free_port, wait_for_port
 
 ROOT = Path(__file__).parents[1]
@@ -172,8 +173,11 @@ def run_script(arguments: list[str]) -> int:
     return 0
 
 
-def run_line(words: list[str], port: int, servers: contextlib.ExitStack, base: Path) -> None:
-    """Run a line of a block of `sh`, which must succeed; a server runs until `servers` is closed."""
+def run_line(words: list[str], port: int, servers: contextlib.ExitStack, base: Path, built: list[list[str]]) -> None:
+    """Run a line of a block of `sh`, which must succeed, unless it is one of the commands that have `built` a bundle.
+
+    A server runs until `servers` is closed.
+    """
     if words[:2] == ["edgetune-run", "serve"]:
         servers.enter_context(serving(words, port))
     elif words[:3] == ["python", "-m", "http.server"]:
@@ -185,9 +189,10 @@ def run_line(words: list[str], port: int, servers: contextlib.ExitStack, base: P
         name, value = words[1].split("=", 1)
         if name.startswith("EDGETUNE_"):
             servers.enter_context(pytest.MonkeyPatch.context()).setenv(name, value)
-    # The fixture has run BUILD.
-    elif words != BUILD:
+    elif words not in built:
         assert run(words, base) == 0, words
+        if words[:2] == ["edgetune", "build"]:
+            built.append(words)
 
 
 @pytest.mark.parametrize("page", RUN)
@@ -202,7 +207,12 @@ def test_the_commands_of_a_page_run(
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
     # It reads the variable when it is imported.
     monkeypatch.delitem(sys.modules, "ollama", raising=False)
+    # `bench` starts as many processes; tests/runtime/test_cli.py has its figures.
+    monkeypatch.setattr(bench, "STARTS", 1)
+    monkeypatch.setattr(bench, "ROUNDS", 1)
     missing = set()
+    # The fixture has run BUILD.
+    built = [BUILD]
     with contextlib.ExitStack() as servers:
         for block in blocks(page):
             text = block.text.replace("8080", str(port))
@@ -220,7 +230,7 @@ def test_the_commands_of_a_page_run(
             elif block.is_run:
                 for line in text.replace("\\\n", " ").splitlines():
                     if words := shlex.split(line, comments=True):
-                        run_line(words, port, servers, tiny_gguf("llama"))
+                        run_line(words, port, servers, tiny_gguf("llama"), built)
     if missing:
         pytest.skip(f"all but the blocks for {', '.join(sorted(missing))}, which is not installed")
 
