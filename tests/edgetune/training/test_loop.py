@@ -109,13 +109,6 @@ def test_the_forms_of_lora_learn(method: dict[str, Any], run: Callable[..., Any]
     assert ranks == {method.get("rank_pattern", {}).get("q_proj", 4)}
 
 
-def test_bf16_trains_on_the_cpu(tmp_path: Path) -> None:
-    result = train(make_model("llama", VOCABULARY).bfloat16(), job(precision="bf16"), tmp_path, QUIET)
-    assert result.precision == "bf16"
-    assert result.val_loss < 0.95 * result.history[0].val_loss
-    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
-
-
 def test_the_base_is_left_as_it_was(base: PreTrainedModel, run: Callable[..., Any]) -> None:
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     modules = [(name, type(module)) for name, module in base.named_modules()]
