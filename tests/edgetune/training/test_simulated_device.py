@@ -13,13 +13,12 @@ import pytest
 import simulated_trainings
 from trainings import QUIET
 
-from edgetune import bases, methods
+from edgetune import bases
 
 CASES = [
-    *methods.names(),
+    *simulated_trainings.METHODS,
     "distilled cartridge", "windows", "lora in bf16", "prefix in bf16", "bottleneck in bf16", "rounded",
-    "rounded in bf16", "encoder", "adalora, to the device", "adalora, to the device and back", "lora, to the device",
-    "lora, to the device and back",
+    "rounded in bf16", "encoder", "adalora, to the device and back", "lora, to the device and back",
 ]  # fmt: skip
 
 
@@ -49,7 +48,7 @@ def test_a_training_on_the_device_computes_there_and_has_the_losses_of_the_cpu(
     case: str, found: dict[str, Any]
 ) -> None:
     # The last bits decide how a value between two of bf16, or of a base's grid, is rounded.
-    tolerance = 1e-2 * ("bf16" in case) + 1e-2 * ("rounded" in case) or 1e-4
+    tolerance = 1e-2 * ("bf16" in case) + 1e-2 * ("rounded" in case) or 2e-5
     assert found[case]["on_device"] == pytest.approx(found[case]["on_cpu"], abs=tolerance)
     assert found[case]["on_cpu"][-1] < found[case]["on_cpu"][0]
     assert found[case]["device"] == ("cpu" if case.endswith("back") else "simulated")
