@@ -24,6 +24,8 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from edgetune_export.backends.base import EncoderSource, Source
 
+    from edgetune.training.job import TrainResult
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For models this small, a second thread makes things slower, and 30 times slower if other processes need the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -181,8 +183,24 @@ def kept_encoders(once: Callable[[str, Callable[[Path], object]], Path]) -> Iter
 
 
 @pytest.fixture(scope="session")
+def kept_plots(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
+    """Keep the plot of one training for those of all others."""
+    from edgetune.training import jobs  # noqa: PLC0415 - as above
+
+    draw = jobs.plot_training
+
+    def plot_training(result: TrainResult, title: str, out: Path, unit: str) -> None:
+        shutil.copy(once("training.png", lambda kept: draw(result, title, kept, unit)), out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "plot_training", plot_training)
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(
     kept_graphs: None,
+    kept_plots: None,
     once: Callable[[str, Callable[[Path], object]], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
@@ -275,7 +293,9 @@ def tiny_source(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(kept_encoders: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_encoder(
+    kept_encoders: None, kept_plots: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """`tiny_encoder(arch)`: the folder of a tiny random encoder, arch in bert, distilbert, electra, roberta."""
     from tiny import make_encoder_folder  # noqa: PLC0415 - as above
 
