@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from edgetune_runtime.errors import CancelledError
-from torch.nn.functional import cross_entropy
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from edgetune import methods
@@ -22,6 +22,7 @@ from edgetune.common.progress import Progress, Step
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
+from edgetune.objectives.packing import take_packed_rows
 from edgetune.recipe.training import TrainingSpec
 from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import train
@@ -128,21 +129,6 @@ def stopped_and_resumed(base: PreTrainedModel, work: TrainingJob[Example], folde
     return train(base, work, folder, QUIET)
 
 
-def check_resumed(
-    base: PreTrainedModel, work: TrainingJob[Example], result: TrainResult, folder: Path, step: int
-) -> None:
-    """A training that stops after `step` steps has the history of `result`, and its checkpoint has the loss of it."""
-    assert stopped_and_resumed(base, work, folder, step).history == result.history
-    with work.method.loaded(methods.Checkpoint("reply", folder / "adapter", base, work.options)) as model:
-        losses = [
-            cross_entropy(
-                logits_of(model, row.tokens)[row.prompt_length - 1 : -1], torch.tensor(row.tokens[row.prompt_length :])
-            ).item()
-            for row in work.validation
-        ]
-    assert sum(losses) / len(losses) == pytest.approx(result.val_loss, rel=1e-4)
-
-
 def modified(folder: Path) -> dict[str, int]:
     """When each file below a folder was last written, in ns."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -174,6 +160,17 @@ def randomize(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for _, parameter in trainable(model):
             parameter.copy_(torch.randn_like(parameter) / 4)
+
+
+def random_lora(base: PreTrainedModel, std: float = 0.1, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
+    """A LoRA on the base with random values of B, in training mode, for packed rows."""
+    take_packed_rows(base)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **options))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.train()
 
 
 def random_row(seed: int, length: int, beginning: Sequence[int] = (), learned_from: int = 1) -> Example:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from edgetune_export.adapters.shapes import Merged, Tensors
 from peft import IA3Config, get_peft_model
-from tiny import FEW, make_model
+from tiny import make_model
 from torch.nn.functional import linear
-from trainings import VOCABULARY, answer, check_resumed, job, learn, logits_of
+from trainings import VOCABULARY, answer, job, learn, logits_of
 from transformers import PreTrainedModel
 
 from edgetune import methods
@@ -48,10 +48,11 @@ def scaled(base: PreTrainedModel, folded: Tensors, scale: float) -> torch.Tensor
     return logits_of(base, TOKENS)
 
 
-@pytest.mark.parametrize("arch", FEW)
+# One with biases, and one whose blocks have norms at their ends.
+@pytest.mark.parametrize("arch", ["qwen2", "gemma3"])
 @pytest.mark.parametrize("options", [{}, BOTH_SIDES, {"target_modules": "all-linear"}])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_both_shapes_compute_what_was_trained(arch: str, options: dict[str, Any], scale: float, tmp_path: Path) -> None:
+def test_both_shapes_compute_what_was_trained(arch: str, options: dict[str, Any], tmp_path: Path) -> None:
+    scale = 0.5
     checkpoint = random_checkpoint(arch, tmp_path, options, scale)
     plain = logits_of(checkpoint.base, TOKENS)
     with IA3.loaded(checkpoint) as model:
@@ -98,10 +99,9 @@ def test_targets_alone_may_be_chosen() -> None:
     assert [p.numel() for _, p in trainable(model)] == [32, 32]
 
 
-def test_the_default_learning_rate_learns_and_a_stopped_training_goes_on(tmp_path: Path) -> None:
+def test_the_default_learning_rate_learns(tmp_path: Path) -> None:
     base, work = make_model("llama", VOCABULARY), job("ia3", max_steps=60)
-    result = learn(base, work, tmp_path / "whole")
+    result = learn(base, work, tmp_path)
     assert work.training.learning_rate == 1e-3
     assert result.val_loss < 0.93 * result.history[0].val_loss
     assert result.trainable_parameters == 2 * (32 + 32 + 128)
-    check_resumed(base, work, result, tmp_path / "resumed", 31)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import make_model
 from torch.nn.functional import cross_entropy
-from trainings import VOCABULARY, gradients
+from trainings import VOCABULARY, gradients, random_row
 
 from edgetune import methods
 from edgetune.objectives import chunks
@@ -17,9 +17,7 @@ from edgetune.objectives.next_token import NEXT_TOKEN, packed_logits
 
 
 def batch() -> Any:  # noqa: ANN401 - of an objective
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, VOCABULARY, (3, 30), generator=generator).tolist()
-    return NEXT_TOKEN.batch([Example(tuple(row), (False,) * 10 + (True,) * 20, 10) for row in tokens])
+    return NEXT_TOKEN.batch([random_row(seed, 30, (), 10) for seed in range(3)])
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "granite", "gemma4"])

@@ -6,26 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, make_model
-from trainings import VOCABULARY, answer, pass_gradients
+from trainings import VOCABULARY, answer, pass_gradients, random_lora
 
 from edgetune.objectives.next_token import NEXT_TOKEN
-from edgetune.objectives.packing import take_packed_rows
 from edgetune.training.fused import fused
 
 ROWS = [answer(number) for number in range(6)]
 
 
 def _tuned(arch: str, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
-    base = make_model(arch, VOCABULARY)
-    take_packed_rows(base)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **options))
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.train()
+    return random_lora(make_model(arch, VOCABULARY), **options)
 
 
 def _fused_modules(model: torch.nn.Module) -> list[str]:
