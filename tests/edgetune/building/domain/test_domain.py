@@ -17,17 +17,19 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, IncompatibleError, NotFoundError, UsageError, VerificationError
-from recipes import LIGHTS, NAME, adapter_of, make_recipe, write_recipe
+from recipes import LIGHTS, NAME, PLAIN, adapter_of, make_recipe, write_recipe
 from tiny import WORDS
 from trainings import QUIET, Listening, Stopping, build_in_two_processes, modified
 
 from edgetune.bases import Base
+from edgetune.building import builders
 from edgetune.building.domain.continued import _perplexity, continued, why_worse
 from edgetune.building.domain.texts import Texts, split_windows, windows_of
 from edgetune.building.pipeline import build
 from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
+from edgetune.common.progress import Progress
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import read_texts
@@ -40,7 +42,7 @@ DOMAIN: dict[str, Any] = {
     "window": WINDOW,
     "training": {"max_steps": 24, "evals": 4},
 }
-ADAPTERS = {"plain": adapter_of({"name": "lora", "r": 4})}
+ADAPTERS = {"plain": adapter_of({"name": "lora", "r": 4}, **PLAIN)}
 
 
 def lines_of(seed: int, count: int) -> list[str]:
@@ -78,6 +80,11 @@ def built_in(folder: Path, recipe: Recipe) -> Built:
     return Built(folder / "home", result, read_manifest(folder / "home"), listening.lines)
 
 
+def continued_base(recipe: Recipe, work: Path, progress: Progress = QUIET) -> Base:
+    """The base that a build of the recipe trains adapters on; it stops there."""
+    return builders.load(recipe.task).base_to_train(plan_build(recipe), work, progress, None)
+
+
 @pytest.fixture(scope="module")
 def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("built")
@@ -90,22 +97,12 @@ def tokenizer(tiny_gguf: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a gene
         yield found
 
 
-def perplexity(bundle: Path, folder: Path, engine: str = "gguf") -> float:
+def perplexity(bundle: Path, folder: Path, engine: str) -> float:
     """Of the validation text, through the runtime, on the plain base."""
     rows = (folder / "more.jsonl").read_text(encoding="utf-8").splitlines()
     with Runtime.open(bundle, engine=engine) as runtime:
         losses = [runtime.negative_log_likelihood(json.loads(row)["text"]) for row in rows]
     return math.exp(sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses))
-
-
-def test_the_bundles_base_knows_the_domain_better_than_the_original(
-    built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]
-) -> None:
-    original = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("llama"), None, quantization="q8_0"))
-    before, after = (perplexity(found.bundle, tmp_path) for found in (original, built))
-    assert after < before / 4
-    assert original.manifest.base.domain == {}
-    assert "domain" not in original.result.to_json()
 
 
 def test_the_bundle_ships_the_continued_base_and_adapters_made_for_it(built: Built) -> None:
@@ -154,8 +151,8 @@ def test_a_second_build_repeats_no_work(built: Built, tiny_gguf: Callable[[str],
 def test_a_base_that_was_lost_is_written_again_without_training(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
     trained = (built.stage / "result.json").stat().st_mtime_ns
     next((built.stage / "base").iterdir()).unlink()
-    again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0"))
-    assert again.manifest.base.fingerprint == built.manifest.base.fingerprint
+    recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0")
+    assert continued_base(recipe, built.stage.parent).fingerprint == built.manifest.base.fingerprint
     assert (built.stage / "result.json").stat().st_mtime_ns == trained
 
 
@@ -166,7 +163,7 @@ def test_a_stopped_build_resumes_to_the_same_base(
     with pytest.raises(CancelledError, match="training domain stopped at step 13"):
         build(recipe, tmp_path / "home", progress=Stopping(13))
     assert not (tmp_path / "home").exists()
-    assert built_in(tmp_path, recipe).manifest.base.fingerprint == built.manifest.base.fingerprint
+    assert continued_base(recipe, tmp_path / "home.work").fingerprint == built.manifest.base.fingerprint
 
 
 def test_a_window_that_moves_from_training_to_validation_makes_another_training(
@@ -206,7 +203,7 @@ def test_a_lora_is_merged_into_the_base_of_any_type(
 ) -> None:
     domain = {**DOMAIN, "data": {"train": "plays.txt"}, "method": {"name": "lora", "r": 8}}
     recipe = recipe_of(tmp_path, tiny_gguf("qwen3"), domain).model_copy(update={"quantization": quantization})
-    found = built_in(tmp_path, recipe).result.domain
+    found = continued_base(recipe, tmp_path / "work").domain
     assert found["perplexity"]["after"]["gguf"] < found["perplexity"]["before"]["gguf"] / 2
     assert found["lost_by_rounding"]["gguf"] == pytest.approx(0, abs=0.01)
 
@@ -216,11 +213,11 @@ def test_a_warning_tells_what_a_type_without_a_grid_leaves_of_the_gain(
 ) -> None:
     training = {"max_steps": 12, "learning_rate": 1e-3}
     domain = {**DOMAIN, "data": {"train": "plays.txt"}, "method": {"name": "lora", "r": 8}, "training": training}
-    found = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("llama"), domain, quantization="iq4_nl"))
-    perplexity = found.result.domain["perplexity"]
+    recipe, listening = recipe_of(tmp_path, tiny_gguf("llama"), domain, quantization="iq4_nl"), Listening()
+    perplexity = continued_base(recipe, tmp_path / "work", listening).domain["perplexity"]
     before, trained, after = perplexity["before"]["gguf"], perplexity["trained"], perplexity["after"]["gguf"]
     share = math.log(before / after) / math.log(before / trained)
-    (warning,) = [line for line in found.lines if "warning" in line]
+    (warning,) = [line for line in listening.lines if "warning" in line]
     assert f"requantizing to iq4_nl left {share:.0%} of what training gained in gguf; use more bits" in warning
 
 
@@ -254,12 +251,11 @@ def test_a_warning_names_the_format_in_which_continued_training_did_not_help(
     training = {"learning_rate": 0.3, "max_steps": 12, "evals": 1, "schedule": "constant"}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, "training": training})
     (tmp_path / "plays.txt").write_text("what is the time reply red\n" * 300, encoding="utf-8")
-    found = built_in(tmp_path, recipe)
-    perplexities = found.result.domain["perplexity"]
+    listening = Listening()
+    perplexities = continued_base(recipe, tmp_path / "work", listening).domain["perplexity"]
     assert perplexities["after"]["gguf"] > perplexities["before"]["gguf"]
-    told = [line for line in found.lines if "warning" in line]
-    assert len(told) == 1
-    assert "no better in gguf: training did not improve it; lower domain.training.learning_rate" in told[0]
+    (warning,) = [line for line in listening.lines if "warning" in line]
+    assert "no better in gguf: training did not improve it; lower domain.training.learning_rate" in warning
 
 
 def test_the_remedy_for_a_worse_base_depends_on_what_made_it_worse() -> None:
