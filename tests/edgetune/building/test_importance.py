@@ -18,18 +18,22 @@ from edgetune_export.base_file.quantize import dequantize_rows, quantize_gguf
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-from recipes import lights, make_recipe, write_recipe
+from recipes import PLAIN, adapter_of, lights, make_recipe, write_recipe
 from tiny import ARCHITECTURES
 from trainings import QUIET, Listening
 
 from edgetune.bases import Base, load_torch
+from edgetune.building import builders
 from edgetune.building.decoder import importance
 from edgetune.building.decoder.importance import importance_of
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build
 from edgetune.cli.main import main
+from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import read_task
 
 NAME = "blk.1.ffn_down.weight"
+ADAPTERS = {"command": adapter_of(**PLAIN)}
 
 
 def values_of(path: Path, tensor: TensorInfo) -> np.ndarray:
@@ -121,52 +125,48 @@ def test_a_matrix_leaves_the_types_that_onnx_stores_exactly(
     assert types_of(read_header(tmp_path / "own.gguf")) == types_of(read_header(tmp_path / "plain.gguf"))
 
 
-def test_a_build_quantizes_its_base_with_the_matrix_of_its_rows_once(
+def test_a_build_quantizes_its_base_with_the_matrix_of_its_rows_once_and_takes_more_adapters(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     keys: dict[str, Any] = {"quantization": "q4_0", "training": {"max_steps": 1, "evals": 1}}
-    recipe = make_recipe(tmp_path, tiny_gguf("llama"), imatrix="auto", **keys)
-    built = build(recipe, tmp_path / "home", progress=QUIET)
-    plain = build(make_recipe(tmp_path, tiny_gguf("llama"), **keys), tmp_path / "plain", progress=QUIET)
-    assert built.base is not None and plain.base is not None
-    assert built.base.fingerprint != plain.base.fingerprint
-    assert built.base.header.values_by_type == plain.base.header.values_by_type
-    manifest = read_manifest(tmp_path / "home")
-    assert manifest.base.fingerprint == built.base.fingerprint
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), ADAPTERS, imatrix="auto", **keys)
+    home = build(recipe, tmp_path / "home", progress=QUIET).bundle
+    manifest, listening = read_manifest(home), Listening()
+
+    def base_of(recipe: Recipe, folder: str = "home.work") -> Base:
+        return builders.load(recipe.task).make_base(plan_build(recipe).plan, tmp_path / folder, listening, None)
+
     assert manifest.plan["steps"] == ["requantize to q4_0 with an importance matrix"]
     assert manifest.recipe["imatrix"] == "auto"
-    listening = Listening()
-    build(recipe, tmp_path / "home", progress=listening)
+    again = base_of(recipe)
+    assert again.fingerprint == manifest.base.fingerprint
     assert not any(line.startswith("quantizing") for line in listening.lines)
-    other = make_recipe(tmp_path, tiny_gguf("llama"), data={"rows.jsonl": lights(12)}, imatrix="auto", **keys)
-    build(other, tmp_path / "home", progress=listening)
+    plain = base_of(make_recipe(tmp_path, tiny_gguf("llama"), ADAPTERS, **keys), "plain")
+    assert plain.fingerprint != again.fingerprint
+    assert plain.header.values_by_type == again.header.values_by_type
+    listening.lines.clear()
+    base_of(make_recipe(tmp_path, tiny_gguf("llama"), data={"rows.jsonl": lights(12)}, imatrix="auto", **keys))
     assert sum(line.startswith("quantizing") for line in listening.lines) == 1
+
+    file, rows = home / manifest.base.files["gguf"], {"rows.jsonl": lights(14)}
+    adapters = {"more": adapter_of(**PLAIN)}
+    more = make_recipe(tmp_path / "more", file, adapters, data=rows, imatrix="auto", **keys)
+    build(more, home, progress=QUIET, into=True)
+    assert asdict(read_manifest(home).base) == asdict(manifest.base)
+    assert set(read_manifest(home).adapters) == {"command", "more"}
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_both_formats_have_the_output_layer_in_the_type_that_is_asked_for(
     arch: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    recipe = make_recipe(tmp_path, tiny_gguf(arch), quantization="q4_0+q4_0", targets=["gguf", "onnx"], imatrix="auto")
+    keys: dict[str, Any] = {"quantization": "q4_0+q4_0", "targets": ["gguf", "onnx"], "imatrix": "auto"}
+    recipe = make_recipe(tmp_path, tiny_gguf(arch), ADAPTERS, **keys)
     build(recipe, tmp_path / "home", progress=QUIET)
     base = read_manifest(tmp_path / "home").base
     assert base.quantization == "q4_0+q4_0"
     assert set(base.values_by_type["gguf"]) == {"f32", "q4_0"}
     assert set(base.values_by_type["onnx"]) == {"f32", "int4"}
-
-
-def test_an_adapter_is_added_to_a_bundle_with_a_matrix_by_the_base_in_it(
-    tiny_gguf: Callable[[str], Path], tmp_path: Path
-) -> None:
-    keys = {"quantization": "q4_0", "imatrix": "auto"}
-    home = build(make_recipe(tmp_path, tiny_gguf("llama"), **keys), tmp_path / "home", progress=QUIET).bundle
-    file = home / read_manifest(home).base.files["gguf"]
-    adapters = {"more": {"data": {"train": "more.jsonl", "held_out": 0.2}}}
-    more = make_recipe(tmp_path / "more", file, adapters, data={"more.jsonl": lights(14)}, **keys)
-    before = read_manifest(home).base
-    build(more, home, progress=QUIET, into=True)
-    assert asdict(read_manifest(home).base) == asdict(before)
-    assert set(read_manifest(home).adapters) == {"command", "more"}
 
 
 def test_the_file_has_what_llama_quantize_reads(tmp_path: Path) -> None:

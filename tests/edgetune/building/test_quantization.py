@@ -16,8 +16,7 @@ from edgetune_export.parity import divergence
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, UsageError
-from edgetune_runtime.formats.gguf_file import read_header
-from recipes import adapter_of, lights, make_recipe, values_of, write_recipe
+from recipes import PLAIN, adapter_of, lights, make_recipe, values_of, write_recipe
 from trainings import QUIET, Listening, Stopping
 
 from edgetune.bases import load_torch, resolve
@@ -31,7 +30,8 @@ from edgetune.tasks.task import read_task
 
 
 def recipe_of(folder: Path, base: Path, quantization: object = "auto", **keys: Any) -> Recipe:  # noqa: ANN401 - values
-    return make_recipe(folder, base, data={"rows.jsonl": lights(20)}, quantization=quantization, **keys)
+    adapters = {"command": adapter_of(**PLAIN)}
+    return make_recipe(folder, base, adapters, data={"rows.jsonl": lights(20)}, quantization=quantization, **keys)
 
 
 def names_of(recipe: Recipe) -> list[str | None]:
@@ -44,7 +44,7 @@ def budget_for(base: Path, quantization: str, folder: Path) -> float:
     return (folder / "sized.gguf").stat().st_size / 1e6
 
 
-def test_a_build_ships_the_nearest_quantization_within_the_budget_and_measures_once(
+def test_a_build_ships_the_nearest_quantization_within_the_budget_and_takes_more_adapters(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = tiny_gguf("llama")
@@ -64,6 +64,11 @@ def test_a_build_ships_the_nearest_quantization_within_the_budget_and_measures_o
     # Stops at the first quantization that is measured again.
     build(recipe, tmp_path / "home", progress=Stopping(1, AssertionError), resume=True)
     assert read_manifest(tmp_path / "home").base.fingerprint == manifest.base.fingerprint
+    adapters = {"more": adapter_of(**PLAIN)}
+    more = make_recipe(tmp_path / "more", base, adapters, quantization={"budget_mb": budget_mb})
+    build(more, tmp_path / "home", progress=QUIET, into=True)
+    after = read_manifest(tmp_path / "home")
+    assert (after.base.fingerprint, list(after.adapters)) == (manifest.base.fingerprint, ["command", "more"])
 
 
 def test_the_kl_is_that_of_the_dequantized_weights(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
@@ -128,10 +133,9 @@ def test_sizes_follow_the_targets_and_nothing_is_measured_again(
     assert chosen == "q4_0+q4_0"
 
 
-@pytest.mark.usefixtures("forked_converter")
-def test_a_folder_is_measured_with_the_matrix_of_its_rows(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, tiny_folder("llama"), {"optimize": "size"}, imatrix="auto")
-    plain = recipe_of(tmp_path, tiny_folder("llama"), {"optimize": "size"})
+def test_a_base_is_measured_with_the_matrix_of_the_rows(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), {"optimize": "size"}, imatrix="auto")
+    plain = recipe_of(tmp_path, tiny_gguf("llama"), {"optimize": "size"})
     kls = []
     for number, each in enumerate((recipe, plain)):
         planned, work = plan_build(each), tmp_path / str(number)
@@ -234,8 +238,8 @@ def test_only_what_the_board_can_run_is_measured(
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {"optimize": "size"}, device=slow_board(), threads=None)
     on_board = names_of(recipe)
     assert 0 < len(on_board) < len(everywhere)
-    build(recipe, tmp_path / "home", progress=QUIET)
-    assert read_manifest(tmp_path / "home").base.quantization in on_board
+    planned = plan_build(recipe)
+    assert choose_quantization(planned.plan, planned.tasks, tmp_path / "work", QUIET, None) in on_board
 
 
 MEASURED = (
@@ -270,16 +274,3 @@ def test_a_size_that_costs_too_much_names_the_nearest_and_what_to_change(tmp_pat
         best_of(far, recipe)
     assert "nearest is iq4_nl 0.0 MB, KL 0.240, 14.0 tokens/s" in caught.value.message
     assert caught.value.remedy == "set imatrix: auto, raise budget_mb, or set optimize: score"
-
-
-def test_adapters_are_added_by_the_recipe_that_had_its_base_measured(
-    tiny_gguf: Callable[[str], Path], tmp_path: Path
-) -> None:
-    base = tiny_gguf("llama")
-    home = build(recipe_of(tmp_path, base), tmp_path / "home", progress=QUIET).bundle
-    before = read_manifest(home).base
-    adapters = {"more": {"data": {"train": "rows.jsonl", "held_out": 0.2}}}
-    more = make_recipe(tmp_path / "more", base, adapters, quantization="auto")
-    build(more, home, progress=QUIET, into=True)
-    assert read_manifest(home).base.fingerprint == before.fingerprint
-    assert read_header(home / before.files["gguf"]).main_type.name == "q8_0"

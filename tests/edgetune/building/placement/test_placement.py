@@ -13,7 +13,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.errors import UsageError
 from pydantic import ValidationError
-from recipes import LIGHTS, adapter_of, make_recipe
+from recipes import LIGHTS, PLAIN, adapter_of, make_recipe
 from trainings import QUIET, Listening
 
 from edgetune import bases, methods
@@ -40,7 +40,7 @@ class Built:
 
 def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: object) -> Recipe:
     method = {"name": "lora", "r": rank, "target_modules": "auto", "max_decode_overhead": budget}
-    return make_recipe(folder, base, {"command": adapter_of(method)}, training={"max_steps": 8}, **keys)
+    return make_recipe(folder, base, {"command": adapter_of(method, **PLAIN)}, training={"max_steps": 8}, **keys)
 
 
 def planned(recipe: Recipe) -> AdapterPlan:
