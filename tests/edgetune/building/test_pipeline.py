@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
-from recipes import adapter_of, lights, make_recipe, values_of, write_rows
+from recipes import PLAIN, adapter_of, lights, make_recipe, values_of, write_rows
 from runtime.gguf_files import rewritten
 from tiny import make_folder, make_tokenizer
 from trainings import QUIET, Listening, modified
@@ -38,6 +38,8 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.output import OutputOption
 from edgetune.report.facts import facts_of
 from edgetune.report.render import page
+from edgetune.training import jobs
+from edgetune.training.plot import plot_training
 
 QUESTION = "turn on the light 0"
 COMPLETIONS = {"plain": "reply on", "scaled": "set red", "whole": "close the blind"}
@@ -67,9 +69,16 @@ class Built:
         return self.bundle.with_name(f"{self.bundle.name}.work") / "train"
 
 
-def recipe_of(folder: Path, base: Path, names: tuple[str, ...] = ("plain", "scaled"), **keys: object) -> Recipe:
+def recipe_of(
+    folder: Path,
+    base: Path,
+    names: tuple[str, ...] = ("plain", "scaled"),
+    adapter: Mapping[str, object] = PLAIN,
+    **keys: object,
+) -> Recipe:
+    """A recipe of these adapters, each with a completion of its own; `adapter` has more values of all of them."""
     data = {f"{name}.jsonl": lights(completions=(COMPLETIONS[name],)) for name in names}
-    adapters = {name: adapter_of(train=f"{name}.jsonl", **ADAPTERS[name]) for name in names}
+    adapters = {name: adapter_of(train=f"{name}.jsonl", **ADAPTERS[name], **adapter) for name in names}
     return make_recipe(folder, base, adapters, data=data, **keys)
 
 
@@ -111,7 +120,7 @@ def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
 
 def test_a_base_with_recurrent_layers_is_trained_and_answers(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     keys: dict[str, Any] = {"quantization": "q8_0", "targets": ["gguf", "onnx"]}
-    recipe = recipe_of(tmp_path, tiny_gguf("lfm2"), ("plain", "whole"), **keys)
+    recipe = recipe_of(tmp_path, tiny_gguf("lfm2"), ("plain", "whole"), {}, **keys)
     result = build(recipe, tmp_path / "home", progress=QUIET)
     assert set(result.figures) == {"plain", "whole"}
     manifest = read_manifest(tmp_path / "home")
@@ -164,11 +173,11 @@ def test_a_hybrid_that_llama_cpp_cannot_load_is_refused_before_training(
 
 
 # The vocabulary of the tiny lfm2 has more bytes than its layers, in q8_0, and its convolutions are in f32.
-@pytest.mark.parametrize("arch", ["llama", "lfm2"])
+@pytest.mark.parametrize(("arch", "merged"), [("llama", None), ("lfm2", "q4_0")])
 def test_a_merged_model_in_4_bits_is_trained_on_the_bases_grid_and_keeps_its_size(
-    arch: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+    arch: str, merged: str | None, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    keys: dict[str, Any] = {"quantization": "q4_0", "targets": ["gguf", "onnx"]}
+    keys: dict[str, Any] = {"quantization": "q4_0", "merged_quantization": merged, "targets": ["gguf", "onnx"]}
     recipe = recipe_of(tmp_path, tiny_gguf(arch), ("whole",), **keys)
     assert build(recipe, tmp_path / "home", progress=QUIET).figures["whole"]["val_loss"] < 6
     manifest = read_manifest(tmp_path / "home")
@@ -188,16 +197,15 @@ def test_a_merged_model_in_the_quantization_of_the_base_is_trained_on_its_grid_t
 ) -> None:
     file = tmp_path / "small.gguf"
     quantize_gguf(tiny_gguf(arch), file, "q4_0")
+
+    def on_grid(base: Path, quantization: str | None, merged: str | None) -> bool:
+        keys: dict[str, Any] = {"quantization": quantization, "merged_quantization": merged}
+        return plan_build(recipe_of(tmp_path, base, ("whole",), **keys)).plan.adapters["whole"].on_grid
+
     for base, quantization in ((tiny_gguf(arch), "q4_0"), (file, None)):
-        keys: dict[str, Any] = {"quantization": quantization, "merged_quantization": "q4_0"}
-        plan = plan_build(recipe_of(tmp_path, base, ("whole",), **keys)).plan
-        assert plan.adapters["whole"].on_grid
-    build(recipe_of(tmp_path, file, ("whole",), merged_quantization="q4_0"), tmp_path / "home", progress=QUIET)
-    entry = read_manifest(tmp_path / "home").adapters["whole"]
-    assert entry.parity["gguf"]["kl"] < parity.TOLERANCE_KL["q4_0"]
+        assert on_grid(base, quantization, "q4_0") and on_grid(base, quantization, None)
     # Another head is another quantization.
-    keys = {"quantization": "q4_0", "merged_quantization": "q4_0+q4_0"}
-    assert not plan_build(recipe_of(tmp_path, file, ("whole",), **keys)).plan.adapters["whole"].on_grid
+    assert not on_grid(file, "q4_0", "q4_0+q4_0")
 
 
 def test_a_merged_model_whose_training_is_lost_to_rounding_is_refused(
@@ -276,6 +284,7 @@ def test_a_bundle_whose_prompts_are_too_short_for_a_state_ships_without_states(
 def test_the_figures_have_training_and_parity(built: Built) -> None:
     told = built.result.to_json()
     assert json.loads(json.dumps(told)) == told
+    assert "domain" not in told and built.manifest.base.domain == {}
     assert (told["bundle"], list(told["adapters"])) == (str(built.bundle), ["plain", "scaled", "whole"])
     for name, figures in told["adapters"].items():
         limit = parity.TOLERANCE_KL_MERGED if name == "whole" else parity.TOLERANCE_KL
@@ -313,13 +322,18 @@ def test_the_manifest_describes_base_and_adapters(built: Built, tiny_gguf: Calla
     assert str(built.bundle.parent) not in (built.bundle / "manifest.json").read_text(encoding="utf-8")
 
 
-def test_a_second_build_trains_nothing(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
-    before = modified(built.training)
-    listening = Listening()
+def test_a_second_build_trains_nothing_and_draws_a_plot_that_is_missing(
+    built: Built, tiny_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, listening = modified(built.training), Listening()
+    plot = built.training / "plain" / "training.png"
+    plot.unlink()
+    monkeypatch.setattr(jobs, "plot_training", plot_training)
     recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
     again = build(recipe, built.bundle, progress=listening)
     assert again is not None
-    assert modified(built.training) == before
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert modified(built.training) == before | {"plain/training.png": plot.stat().st_mtime_ns}
     assert not any("loading the base" in line for line in listening.lines)
     assert again == built.result
 
@@ -486,22 +500,22 @@ def test_a_folder_without_weights_ends_an_export_before_its_base_is_read(peft_fo
 def test_an_export_maps_the_base_where_memory_is_short(
     tiny_base: Callable[[str], Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, said = ("plain", "whole"), []
+    names, said, written = ("plain", "whole"), [], []
     recipe = recipe_of(tmp_path, tiny_base("llama").path, names, targets=["gguf", "onnx"])
     for free_mb in (8000.0, 600.0):
         monkeypatch.setattr(machine, "free_mb", lambda free_mb=free_mb: free_mb)
         progress = Listening()
-        build(recipe, tmp_path / f"bundle-{free_mb:.0f}", progress=progress)
+        build(recipe, tmp_path / "home", progress=progress)
         said.append([line for line in progress.lines if line.startswith("mapping the base")])
+        written.append(read_manifest(tmp_path / "home").files)
     assert said == [[], ["mapping the base's weights from disk, because only 600 MB of memory are free"]]
-    one, other = (read_manifest(tmp_path / f"bundle-{mb}") for mb in (8000, 600))
-    assert one.files == other.files
+    assert written[0] == written[1]
 
 
 def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
     tiny_base: Callable[[str], Base], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tmp_path, tiny_base("llama").path, ("plain",))
+    recipe = recipe_of(tmp_path, tiny_base("llama").path, ("plain",), {})
     write_rows(tmp_path / "plain.jsonl", lights(completions=[{"set": "red", "to": number} for number in range(10)]))
     plain = recipe.adapters["plain"].model_copy(update={"output": OutputOption.model_validate("auto")})
     built = build(recipe.model_copy(update={"adapters": {"plain": plain}}), tmp_path / "home", progress=QUIET)
