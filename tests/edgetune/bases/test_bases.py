@@ -192,16 +192,18 @@ def test_what_the_hub_does_not_give_is_one_line(
 
 @pytest.mark.usefixtures("forked_converter")
 def test_a_base_in_several_files_is_the_same(
-    resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+    resolve: Callable[..., Base],
+    tiny_folder: Callable[[str], Path],
+    converted_gguf: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    shutil.copytree(tiny_folder("llama"), tmp_path / "whole")
     shutil.copytree(tiny_folder("llama"), tmp_path / "parts", ignore=shutil.ignore_patterns("*.safetensors"))
-    LlamaForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    LlamaForCausalLM.from_pretrained(tiny_folder("llama")).save_pretrained(tmp_path / "parts", max_shard_size="100KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
-    whole, parts = (resolve(name, quantization="f16", converter=None) for name in ("whole", "parts"))
-    assert parts.header.tensors.keys() == whole.header.tensors.keys()
+    whole, parts = converted_gguf("llama"), resolve("parts", quantization="f16", converter=None)
+    assert parts.header.tensors.keys() == read_header(whole).tensors.keys()
     assert all(
-        np.array_equal(GgufWeights(whole.path).values(name), GgufWeights(parts.path).values(name))
+        np.array_equal(GgufWeights(whole).values(name), GgufWeights(parts.path).values(name))
         for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight")
     )
 
@@ -252,29 +254,27 @@ def test_a_folder_that_names_no_context_length_is_refused(
 
 
 @pytest.mark.usefixtures("forked_converter")
-@pytest.mark.parametrize("quantization", ["q8_0", "f16"])
 def test_a_folder_is_converted_once(
-    quantization: str,
     resolve: Callable[..., Base],
     tiny_folder: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "tiny")
-    base = resolve("tiny", quantization=quantization, converter=None)
-    assert base.header.main_type.name == quantization
+    base = resolve("tiny", quantization="f16", converter=None)
+    assert base.header.main_type.name == "f16"
     assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
     # With a converter that does not exist, only what is kept can be taken.
     written = base.path.stat().st_mtime_ns
-    assert resolve("tiny", quantization=quantization) == base
+    assert resolve("tiny", quantization="f16") == base
     assert base.path.stat().st_mtime_ns == written
     assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization="q4_0"))
     for name, version in (("__version__", "99"), ("llama_cpp_version", lambda: "99")):
         with monkeypatch.context() as upgrade:
             upgrade.setattr(bases, name, version)
-            assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization=quantization))
+            assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization="f16"))
     (folder / "config.json").touch()
-    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization=quantization))
+    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization="f16"))
     assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
 
 
@@ -316,16 +316,15 @@ def test_a_scaled_rotary_embedding_in_torch_is_that_of_llama_cpp(
     assert kl[1] > 1e-4
 
 
-@pytest.mark.parametrize("setting", ["attention_bias", "mlp_bias"])
 @pytest.mark.usefixtures("forked_converter")
 def test_biases_of_a_llama_in_torch_are_those_of_llama_cpp(
-    setting: str,
     tiny_folder: Callable[[str], Path],
     resolve: Callable[..., Base],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(MODELS, "llama", (*MODELS["llama"][:2], {**MODELS["llama"][2], setting: True}))
+    biases = {"attention_bias": True, "mlp_bias": True}
+    monkeypatch.setitem(MODELS, "llama", (*MODELS["llama"][:2], {**MODELS["llama"][2], **biases}))
     make_folder("llama", tmp_path / "biased", tiny_folder("llama") / "tokenizer.model")
     base, rows = resolve("biased", quantization="f16", converter=None), [[*range(5, 45)]]
     with closing(GgufEngine(base.path, context_length=64, threads=1)) as engine:
