@@ -195,12 +195,13 @@ def test_an_interrupt_is_a_keyboard_interrupt_and_the_next_build_resumes(
     with pytest.raises(KeyboardInterrupt, match="training reply stopped at step 2; run the same command to resume"):
         edgetune.build(recipe, tmp_path / "home", on_progress=Recorder(2, interrupt))
     assert not (tmp_path / "home").exists()
-    resumed, anew = Recorder(3, interrupt), Recorder()
+    resumed, anew = Recorder(3, interrupt), Recorder(2, interrupt)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
         edgetune.build(recipe, tmp_path / "home", on_progress=resumed)
     assert resumed.steps == [2, 3]
-    edgetune.build(recipe, tmp_path / "home", on_progress=anew, resume=False)
-    assert anew.steps == [*range(7)]
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 2"):
+        edgetune.build(recipe, tmp_path / "home", on_progress=anew, resume=False)
+    assert anew.steps == [0, 1, 2]
 
 
 def test_after_the_process_died_the_next_build_resumes(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
@@ -229,27 +230,21 @@ def test_two_builds_of_one_folder_at_once_are_one_error(tiny_gguf: Callable[[str
         pass
 
 
-def test_two_builds_in_two_threads_are_as_one_alone(
+def test_two_builds_in_two_threads_are_as_one_alone_and_change_no_setting_of_torch(
     built: tuple[edgetune.Build, Recorder], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tiny_gguf("llama"))
 
     def build(name: str) -> edgetune.Build:
-        return edgetune.build(recipe, tmp_path / name, on_progress=Recorder())
+        # Settings of the thread.
+        with torch.inference_mode(), torch.device("meta"):
+            return edgetune.build(recipe, tmp_path / name, on_progress=Recorder())
 
+    torch.manual_seed(7)
+    seed = torch.get_rng_state()
     with ThreadPoolExecutor(2) as threads:
         builds = [*threads.map(build, ("a", "b"))]
     assert [each.losses for each in builds] == [built[0].losses] * 2
-
-
-def test_a_build_keeps_the_seed_and_needs_no_settings_of_torch(
-    built: tuple[edgetune.Build, Recorder], tiny_gguf: Callable[[str], Path], tmp_path: Path
-) -> None:
-    torch.manual_seed(7)
-    seed = torch.get_rng_state()
-    with torch.inference_mode(), torch.device("meta"):
-        build = edgetune.build(recipe_of(tiny_gguf("llama")), tmp_path / "home", on_progress=Recorder())
-    assert build.losses == built[0].losses
     assert torch.equal(torch.get_rng_state(), seed)
 
 

@@ -13,7 +13,7 @@ from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
 from edgetune_runtime.inference import golden
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from recipes import NAME, adapter_of, lights, make_recipe
-from runtime.bundles import add_router
+from runtime.bundles import add_router, change_manifest
 from trainings import QUIET, Listening, modified
 
 from edgetune.building.into import router_change
@@ -90,9 +90,10 @@ def test_an_adapter_is_added_and_one_replaced_and_the_others_stay_byte_for_byte(
             assert not any(comparison.is_different for _, comparison in golden.compare(runtime))
 
 
-def test_the_recipe_and_the_plan_in_the_manifest_are_those_of_all_adapters(
+def test_the_recipe_the_plan_and_the_fit_in_the_manifest_are_those_of_all_adapters(
     home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    change_manifest(home, lambda raw: raw["recipe"].update(device="pi-5"))
     before = read_manifest(home)
     more = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds", training={"max_steps": 4})
     build(more, home, progress=QUIET, into=True)
@@ -108,6 +109,9 @@ def test_the_recipe_and_the_plan_in_the_manifest_are_those_of_all_adapters(
     assert {name: plan["rows"]["train"] for name, plan in plans.items()} == {"plain": 8, "scaled": 8, "blinds": 8}
     assert plans["plain"] == before.plan["adapters"]["plain"]
     assert manifest.plan["needs"]["bundle_mb"] >= before.plan["needs"]["bundle_mb"]
+    for fit in manifest.plan["board"]["fits"]:
+        names = {item["name"] for item in fit["items"]}
+        assert {"adapter plain", "adapter scaled", "adapter blinds"} <= names
 
 
 def test_an_interrupted_build_leaves_the_bundle_and_resumes(
@@ -132,16 +136,6 @@ def test_the_base_in_the_bundle_is_enough(home: Path, tmp_path: Path) -> None:
     build(recipe_of(tmp_path / "more", base, "blinds"), home, progress=listening, into=True)
     assert not any(line.startswith("quantizing") for line in listening.lines)
     assert read_manifest(home).base.quantization == read_manifest(home).recipe["quantization"] == "q4_0"
-
-
-def test_all_adapters_count_for_the_board(home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    manifest = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
-    manifest["recipe"]["device"] = "pi-5"
-    (home / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    build(recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds"), home, progress=QUIET, into=True)
-    for fit in read_manifest(home).plan["board"]["fits"]:
-        names = [item["name"] for item in fit["items"]]
-        assert {"adapter plain", "adapter scaled", "adapter blinds"} <= set(names)
 
 
 @pytest.mark.parametrize(

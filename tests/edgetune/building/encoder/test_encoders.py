@@ -212,10 +212,9 @@ def test_rows_that_are_too_long_are_counted_and_left_out(built: Built, tmp_path:
     rows = [*DATA["place.jsonl"], {"text": "lamp " * 70, "label": "lamp"}]
     found = evaluate(built.bundle, "place", write_rows(tmp_path / "long.jsonl", rows), progress=QUIET)
     assert (found.rows, found.too_long) == (len(TEXTS), 1)
-    recipe = write_recipe(tmp_path, built.base, training={"max_steps": 1})
-    changes = {"adapters.place.data.train": "long.jsonl", "adapters.power": ADAPTERS["power"]}
-    progress = Listening()
-    result = build(Recipe.from_file(recipe, changes), tmp_path / "home", progress=progress)
+    adapters, progress = {"place": {**ADAPTERS["place"], "data": {"train": "long.jsonl"}}}, Listening()
+    recipe = Recipe.from_file(write_recipe(tmp_path, built.base, adapters=adapters, training={"max_steps": 1}))
+    result = build(recipe, tmp_path / "home", progress=progress)
     assert result.figures["place"]["rows_too_long"] == 1
     assert any("place: 1 rows are longer than 64 tokens" in line for line in progress.lines)
 
@@ -429,7 +428,8 @@ def test_a_stopped_build_resumes_to_the_same_head(built: Built, tmp_path: Path) 
     recipe = Recipe.from_file(built.recipe)
     with pytest.raises(CancelledError, match="training place stopped at step 5"):
         build(recipe, tmp_path / "home", progress=Stopping(5))
-    build(recipe, tmp_path / "home", progress=QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, tmp_path / "home", progress=Listening(stop_at="place: validation loss"))
     works = (built.bundle.with_name("home.work"), tmp_path / "home.work")
     one, other = (load_file(work / "train/place/adapter/head.safetensors") for work in works)
     assert all(torch.equal(one[name], other[name]) for name in one)
