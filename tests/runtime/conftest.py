@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 from edgetune_export.adapters.fold import merge
-from edgetune_export.architectures import known
 from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_export.backends.gguf.backend import write_merged
 from edgetune_runtime import Runtime
@@ -26,7 +25,7 @@ from edgetune_runtime.bundle import ConfidenceCurve, sha256_of
 from edgetune_runtime.cli import main
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.serving import places
-from runtime.bundles import Adapter, add_onnx, change_manifest, folded, low_rank, write_both, write_bundle
+from runtime.bundles import CASES, Adapter, add_onnx, change_manifest, folded, low_rank, write_both, write_bundle
 from runtime.encoders import write_encoder_bundle
 from runtime.tools.templates import CONTROLS
 from weights import weights_in
@@ -114,21 +113,22 @@ def sure_bundle(both_of: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def prompted_of(
-    tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory
+    tiny_gguf: Callable[[str], Path],
+    tiny_source: Callable[[str], Source],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """`prompted_of(arch)`: a bundle whose adapters `one` and `two` have long system prompts, in both formats if both
-    support the base."""
+    """`prompted_of(arch)`: a bundle whose adapters `one` and `two` have long prompts, in the formats of CASES."""
 
     @cache
     def make(arch: str) -> Path:
-        source = tiny_source(arch)
+        base = tiny_gguf(arch)
         adapters = {
-            "one": Adapter(low_rank(source.path, seed=1), system=LONG_PROMPTS[0]),
-            "two": Adapter(low_rank(source.path, seed=2, rank=3), scale=0.5, system=LONG_PROMPTS[1]),
+            "one": Adapter(low_rank(base, seed=1), system=LONG_PROMPTS[0]),
+            "two": Adapter(low_rank(base, seed=2, rank=3), scale=0.5, system=LONG_PROMPTS[1]),
         }
-        bundle = write_bundle(tmp_path_factory.mktemp(f"{arch}-prompted") / "home", source.path, adapters)
-        if "onnx" not in known()[arch].refusals:
-            add_onnx(bundle, source, adapters)
+        bundle = write_bundle(tmp_path_factory.mktemp(f"{arch}-prompted") / "home", base, adapters)
+        if ("onnx", arch) in CASES:
+            add_onnx(bundle, tiny_source(arch), adapters)
         return bundle
 
     return make
@@ -136,8 +136,8 @@ def prompted_of(
 
 @pytest.fixture(scope="session")
 def merged_of(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`merged_of(arch)`: a bundle with `one` (a long system prompt), and the merged models `whole` and `other`, in both
-    formats if both support the base."""
+    """`merged_of(arch)`: a bundle with `one` (a long system prompt), and the merged models `whole` and `other`, in the
+    formats of CASES."""
 
     @cache
     def make(arch: str) -> Path:
@@ -148,7 +148,7 @@ def merged_of(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.Tem
             for seed, name in enumerate(("whole", "other"), 5)
         }
         bundle = write_bundle(root / "home", source.path, adapters, merged)
-        if "onnx" not in known()[arch].refusals:
+        if ("onnx", arch) in CASES:
             add_onnx(bundle, source, adapters)
         return bundle
 
@@ -179,6 +179,24 @@ def adapters_of(base: Path) -> dict[str, Adapter]:
 def bundle(bundle_of: Callable[[str], Path]) -> Path:
     """The bundle of the LLaMA base. Copy it before changing it."""
     return bundle_of("llama")
+
+
+@pytest.fixture
+def home(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle to change."""
+    return Path(shutil.copytree(bundle, tmp_path / "home"))
+
+
+@pytest.fixture
+def home_of_both(both_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The same, in both formats."""
+    return Path(shutil.copytree(both_of("llama"), tmp_path / "home"))
+
+
+@pytest.fixture
+def sure_home(sure_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `sure_bundle` to change."""
+    return Path(shutil.copytree(sure_bundle, tmp_path / "home"))
 
 
 @pytest.fixture(scope="module", params=["gguf", "onnx"])

@@ -26,11 +26,6 @@ from runtime.bundles import change_manifest
 Change = Callable[[dict[str, Any]], object]
 
 
-@pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(bundle, tmp_path / "copy"))
-
-
 def test_a_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert manifest.to_json() == (bundle / MANIFEST_NAME).read_text()
@@ -38,25 +33,25 @@ def test_a_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
     assert manifest.adapter("tone").labels == ("red", "green", "warm red", "warm")
 
 
-def test_keys_of_a_later_version_are_left_out(copy: Path) -> None:
+def test_keys_of_a_later_version_are_left_out(home: Path) -> None:
     change_manifest(
-        copy, lambda raw: (raw.update(later=1), raw["base"].update(later=1), raw["adapters"]["tone"].update(x=1))
+        home, lambda raw: (raw.update(later=1), raw["base"].update(later=1), raw["adapters"]["tone"].update(x=1))
     )
-    assert isinstance(read_manifest(copy), Manifest)
+    assert isinstance(read_manifest(home), Manifest)
 
 
-def test_keys_that_an_earlier_version_lacks_have_defaults(copy: Path) -> None:
+def test_keys_that_an_earlier_version_lacks_have_defaults(home: Path) -> None:
     change_manifest(
-        copy, lambda raw: (raw["base"].pop("values_by_type"), raw["adapters"]["tone"].pop("values_by_type"))
+        home, lambda raw: (raw["base"].pop("values_by_type"), raw["adapters"]["tone"].pop("values_by_type"))
     )
-    assert read_manifest(copy).base.values_by_type == read_manifest(copy).adapter("tone").values_by_type == {}
+    assert read_manifest(home).base.values_by_type == read_manifest(home).adapter("tone").values_by_type == {}
 
 
-def test_wrong_counts_of_modules_by_rank_are_damage(copy: Path) -> None:
+def test_wrong_counts_of_modules_by_rank_are_damage(home: Path) -> None:
     for wrong in ({"four": 3}, {"4": -3}, {"0": 3}, {"4": None}):
-        change_manifest(copy, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))
+        change_manifest(home, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))
         with pytest.raises(VerificationError, match="is not a manifest"):
-            read_manifest(copy)
+            read_manifest(home)
 
 
 def test_the_types_in_a_file_are_those_of_most_values(bundle: Path) -> None:
@@ -91,10 +86,10 @@ def test_an_invalid_manifest_is_damaged(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "remedy"), [(SCHEMA_VERSION + 1, "update edgetune-runtime"), (1, "build the bundle again")]
 )
-def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, copy: Path) -> None:
-    change_manifest(copy, lambda raw: raw.update(schema=schema))
+def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, home: Path) -> None:
+    change_manifest(home, lambda raw: raw.update(schema=schema))
     with pytest.raises(VerificationError, match=rf"has schema {schema}, this runtime reads {SCHEMA_VERSION}; {remedy}"):
-        read_manifest(copy)
+        read_manifest(home)
 
 
 @pytest.mark.parametrize(
@@ -130,63 +125,63 @@ def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, cop
         lambda raw: raw["adapters"]["tone"].update(method="\u202elora"),
     ],
 )
-def test_a_manifest_with_a_wrong_part_is_damaged(change: Change, copy: Path) -> None:
-    change_manifest(copy, change)
+def test_a_manifest_with_a_wrong_part_is_damaged(change: Change, home: Path) -> None:
+    change_manifest(home, change)
     with pytest.raises(VerificationError) as caught:
-        read_manifest(copy)
+        read_manifest(home)
     assert str(caught.value).isprintable()
 
 
-def test_an_adapter_of_another_base_is_incompatible(copy: Path) -> None:
-    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(base_fingerprint="0" * 64))
+def test_an_adapter_of_another_base_is_incompatible(home: Path) -> None:
+    change_manifest(home, lambda raw: raw["adapters"]["tone"].update(base_fingerprint="0" * 64))
     with pytest.raises(IncompatibleError, match="'tone'"):
-        read_manifest(copy)
+        read_manifest(home)
 
 
 def test_sound_files_verify(bundle: Path) -> None:
     verify_files(bundle, read_manifest(bundle))
 
 
-def test_a_flipped_bit_a_missing_byte_and_a_missing_file_are_found(copy: Path) -> None:
-    manifest = read_manifest(copy)
-    path = copy / "base/model.gguf"
+def test_a_flipped_bit_a_missing_byte_and_a_missing_file_are_found(home: Path) -> None:
+    manifest = read_manifest(home)
+    path = home / "base/model.gguf"
     flip(path, -1)
     with pytest.raises(VerificationError, match=r"model.*does not match"):
-        verify_files(copy, manifest)
-    verify_files(copy, manifest, [name for name in manifest.files if name != "base/model.gguf"])
+        verify_files(home, manifest)
+    verify_files(home, manifest, [name for name in manifest.files if name != "base/model.gguf"])
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(VerificationError, match="bytes"):
-        verify_files(copy, manifest)
+        verify_files(home, manifest)
     path.unlink()
     with pytest.raises(VerificationError, match="missing"):
-        verify_files(copy, manifest)
+        verify_files(home, manifest)
     # Reading it would wait for a writer.
     os.mkfifo(path)
     with pytest.raises(VerificationError, match="missing"):
-        verify_files(copy, manifest)
+        verify_files(home, manifest)
 
 
-def test_a_link_that_leads_outside_is_refused(copy: Path, tmp_path: Path) -> None:
+def test_a_link_that_leads_outside_is_refused(home: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.gguf"
-    (copy / "base/model.gguf").rename(outside)
-    (copy / "base/model.gguf").symlink_to(outside)
+    (home / "base/model.gguf").rename(outside)
+    (home / "base/model.gguf").symlink_to(outside)
     with pytest.raises(VerificationError, match="outside"):
-        resolve(copy, "base/model.gguf")
+        resolve(home, "base/model.gguf")
 
 
-def test_a_link_that_leads_to_itself_is_refused(copy: Path) -> None:
-    (copy / "base/model.gguf").unlink()
-    (copy / "base/model.gguf").symlink_to("model.gguf")
+def test_a_link_that_leads_to_itself_is_refused(home: Path) -> None:
+    (home / "base/model.gguf").unlink()
+    (home / "base/model.gguf").symlink_to("model.gguf")
     with pytest.raises(VerificationError):
-        verify_files(copy, read_manifest(copy), ["base/model.gguf"])
+        verify_files(home, read_manifest(home), ["base/model.gguf"])
 
 
-def test_a_path_of_many_folders_is_refused_before_anything_is_made_of_them(copy: Path) -> None:
+def test_a_path_of_many_folders_is_refused_before_anything_is_made_of_them(home: Path) -> None:
     deep = "a/" * 8000
-    change_manifest(copy, lambda raw: raw["files"].update({f"{deep}{n}": {"sha256": "", "bytes": 0} for n in range(2)}))
+    change_manifest(home, lambda raw: raw["files"].update({f"{deep}{n}": {"sha256": "", "bytes": 0} for n in range(2)}))
     begin = time.process_time()
     with pytest.raises(VerificationError, match=r"in too many folders; do not use this bundle$"):
-        read_manifest(copy)
+        read_manifest(home)
     assert time.process_time() < begin + 2
 
 
@@ -209,47 +204,47 @@ def link_to_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [overwrite, replace_and_put_back, link_to_another, Path.unlink])
-def test_a_file_that_changes_while_it_is_opened_is_noticed(change: Callable[[Path], object], copy: Path) -> None:
-    names = read_manifest(copy).files
-    with unchanged(copy, names):
-        (copy / "base/model.gguf").read_bytes()
-    with pytest.raises(VerificationError, match=r"base/model\.gguf was changed"), unchanged(copy, names):
-        change(copy / "base/model.gguf")
+def test_a_file_that_changes_while_it_is_opened_is_noticed(change: Callable[[Path], object], home: Path) -> None:
+    names = read_manifest(home).files
+    with unchanged(home, names):
+        (home / "base/model.gguf").read_bytes()
+    with pytest.raises(VerificationError, match=r"base/model\.gguf was changed"), unchanged(home, names):
+        change(home / "base/model.gguf")
 
 
-def test_a_manifest_that_is_a_pipe_or_larger_than_any_is_refused(copy: Path) -> None:
-    os.truncate(copy / MANIFEST_NAME, 1 << 40)
+def test_a_manifest_that_is_a_pipe_or_larger_than_any_is_refused(home: Path) -> None:
+    os.truncate(home / MANIFEST_NAME, 1 << 40)
     with pytest.raises(VerificationError, match="not a regular file"):
-        read_manifest(copy)
-    (copy / MANIFEST_NAME).unlink()
-    os.mkfifo(copy / MANIFEST_NAME)
+        read_manifest(home)
+    (home / MANIFEST_NAME).unlink()
+    os.mkfifo(home / MANIFEST_NAME)
     with pytest.raises(VerificationError, match="not a regular file"):
-        read_manifest(copy)
+        read_manifest(home)
 
 
-def test_a_format_without_any_file_is_not_offered_and_the_other_one_is_checked(
-    both_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
-    whole = read_manifest(copy)
+def test_a_format_without_any_file_is_not_offered_and_the_other_one_is_checked(home_of_both: Path) -> None:
+    home = home_of_both
+    whole = read_manifest(home)
     for name in files_of_format(whole, "onnx"):
-        (copy / name).unlink()
-    manifest = read_manifest(copy)
+        (home / name).unlink()
+    manifest = read_manifest(home)
     assert list(manifest.base.files) == ["gguf"]
-    assert {path.relative_to(copy).as_posix() for path in copy.rglob("*.*")} == {*manifest.files, MANIFEST_NAME}
-    verify_files(copy, manifest)
-    with Runtime.open(copy) as runtime:
+    assert {path.relative_to(home).as_posix() for path in home.rglob("*.*")} == {
+        *manifest.files,
+        MANIFEST_NAME,
+    }
+    verify_files(home, manifest)
+    with Runtime.open(home) as runtime:
         assert runtime.generate("turn on", adapter="command", max_tokens=3).text
     with pytest.raises(IncompatibleError, match="the base has no file for engine 'onnx'"):
-        Runtime.open(copy, engine="onnx")
-    (copy / manifest.adapter("tone").files["gguf"]).unlink()
+        Runtime.open(home, engine="onnx")
+    (home / manifest.adapter("tone").files["gguf"]).unlink()
     with pytest.raises(VerificationError, match="is missing from bundle"):
-        verify_files(copy, read_manifest(copy))
+        verify_files(home, read_manifest(home))
 
 
-def test_a_format_with_some_of_its_files_is_damaged(both_of: Callable[[str], Path], tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
-    (copy / read_manifest(copy).base.files["onnx"]).unlink()
-    assert list(read_manifest(copy).base.files) == ["gguf", "onnx"]
+def test_a_format_with_some_of_its_files_is_damaged(home_of_both: Path) -> None:
+    (home_of_both / read_manifest(home_of_both).base.files["onnx"]).unlink()
+    assert list(read_manifest(home_of_both).base.files) == ["gguf", "onnx"]
     with pytest.raises(VerificationError, match="is missing from bundle"):
-        verify_files(copy, read_manifest(copy))
+        verify_files(home_of_both, read_manifest(home_of_both))

@@ -125,8 +125,7 @@ def test_damaged_files_are_found_before_anything_is_asked(golden: Path, checked:
 @pytest.mark.parametrize(
     "value", [[], {"gguf": "a"}, {"gguf": {"prompt": "a"}}, {"gguf": {"prompt": 3, "answer": "", "max_tokens": 1}}]
 )
-def test_a_golden_answer_of_another_form_is_refused(bundle: Path, value: object, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(bundle, tmp_path / "home"))
-    change_manifest(copy, lambda raw: entry_of(raw, "command").update(golden=value))
+def test_a_golden_answer_of_another_form_is_refused(home: Path, value: object) -> None:
+    change_manifest(home, lambda raw: entry_of(raw, "command").update(golden=value))
     with pytest.raises(VerificationError, match="is not a manifest"):
-        read_manifest(copy)
+        read_manifest(home)

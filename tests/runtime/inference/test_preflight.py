@@ -155,12 +155,11 @@ def _own_rights() -> int:
     return int(Path("/proc/self/status").read_text(encoding="ascii").split("CapEff:")[1].split()[0], 16)
 
 
-def test_errors_are_those_of_opening_it_here(bundle: Path, tmp_path: Path) -> None:
-    damaged = Path(shutil.copytree(bundle, tmp_path / "damaged"))
-    (damaged / "base/model.gguf").write_bytes(b"GGUF" * 100)
+def test_errors_are_those_of_opening_it_here(bundle: Path, home: Path) -> None:
+    (home / "base/model.gguf").write_bytes(b"GGUF" * 100)
     for path, options in (
-        (damaged, {}),
-        (damaged, {"verify": False}),
+        (home, {}),
+        (home, {"verify": False}),
         (bundle, {"kv": "q3"}),
         (bundle, {"threads": 0}),
     ):
@@ -186,9 +185,8 @@ def test_a_bundle_that_passed_is_remembered(
 
 
 def test_a_file_that_changed_is_checked_again_although_digests_are_not_compared(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home = Path(shutil.copytree(bundle, tmp_path / "home"))
     open_and_close(home, verify=False)
     monkeypatch.setattr(sys, "executable", NOT_A_PYTHON)
     open_and_close(home, verify=False)
@@ -217,8 +215,7 @@ def test_an_encoder_passes(encoder_bundle: Path) -> None:
     assert len(remembered()) == 1
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_of_calls_only(bundle: Path, tmp_path: Path) -> None:
-    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+def test_a_prompt_that_does_not_fit_is_an_error_of_calls_only(home: Path) -> None:
     change_manifest(home, lambda raw: raw["adapters"]["command"].update(system="light " * 9999))
     open_and_close(home)
     assert len(remembered()) == 1
