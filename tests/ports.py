@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -28,6 +30,34 @@ def http_server(
         finally:
             server.shutdown()
             thread.join()
+
+
+@dataclass(frozen=True)
+class Posted:
+    """What a server of `replying` was sent."""
+
+    path: str
+    headers: Message
+    body: bytes
+
+
+@contextmanager
+def replying(*replies: tuple[int, bytes]) -> Iterator[tuple[str, list[Posted]]]:
+    """The address of a server, and what it was sent: each POST gets the next status and body, or the last again."""
+    got: list[Posted] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, body = replies[min(len(got), len(replies) - 1)]
+            got.append(Posted(self.path, self.headers, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(status)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with http_server(Handler) as address:
+        yield address, got
 
 
 def free_port() -> int:

@@ -1,38 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler
-
 import pytest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.chat_client import check_address, without_thought
 from edgetune_runtime.inference.deferring import DeferError, DeferTo, ask
-from ports import http_server
+from ports import replying
 
 REPLY = b'{"choices": [{"message": {"content": "on"}}]}'
-
-
-@pytest.fixture
-def server() -> Iterator[Callable[[int, bytes], tuple[str, list[str]]]]:
-    """`server(status, body)`: the address of one that answers so, and the keys that it got."""
-    with ExitStack() as servers:
-
-        def make(status: int, body: bytes) -> tuple[str, list[str]]:
-            keys: list[str] = []
-
-            class Handler(BaseHTTPRequestHandler):
-                def do_POST(self) -> None:
-                    self.rfile.read(int(self.headers["Content-Length"]))
-                    keys.append(self.headers["Authorization"])
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            return servers.enter_context(http_server(Handler)) + "/v1", keys
-
-        yield make
 
 
 def asked(to: DeferTo) -> str:
@@ -47,12 +21,10 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         DeferTo(url, "big")
 
 
-def test_a_key_is_sent_without_the_white_space_around_it(
-    server: Callable[[int, bytes], tuple[str, list[str]]],
-) -> None:
-    url, keys = server(200, REPLY)
-    assert asked(DeferTo(url, "big", key="sk-secret\n")) == "on"
-    assert keys == ["Bearer sk-secret"]
+def test_a_key_is_sent_without_the_white_space_around_it() -> None:
+    with replying((200, REPLY)) as (url, got):
+        assert asked(DeferTo(f"{url}/v1", "big", key="sk-secret\n")) == "on"
+    assert [request.headers["Authorization"] for request in got] == ["Bearer sk-secret"]
 
 
 @pytest.mark.parametrize("key", ["sk-secret\nx", "sk-secret\u00e9", "sk-secret\x00x"])
@@ -62,12 +34,12 @@ def test_a_key_that_no_request_can_carry_is_not_shown(key: str) -> None:
     assert "sk-secret" not in str(error.value)
 
 
-def test_a_refusal_that_repeats_the_key_is_shown_without_it(
-    server: Callable[[int, bytes], tuple[str, list[str]]],
-) -> None:
-    url, _ = server(401, b'{"error": {"message": "the key sk-secret is wrong"}}')
-    with pytest.raises(DeferError, match="failed: HTTP 401: the key … is wrong"):
-        asked(DeferTo(url, "big", key="sk-secret\n"))
+def test_a_refusal_that_repeats_the_key_is_shown_without_it() -> None:
+    with (
+        replying((401, b'{"error": {"message": "the key sk-secret is wrong"}}')) as (url, _),
+        pytest.raises(DeferError, match="failed: HTTP 401: the key … is wrong"),
+    ):
+        asked(DeferTo(f"{url}/v1", "big", key="sk-secret\n"))
 
 
 @pytest.mark.parametrize(

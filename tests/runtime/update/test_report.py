@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from edgetune_runtime.store.durable import installing
 from edgetune_runtime.update import slow_replies
 from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, checked_address, parse_report
 from edgetune_runtime.update.state import read_state, write_state
-from ports import http_server
+from ports import replying
 from repositories import Publisher
 
 from edgetune.cli.main import main as host
@@ -31,22 +28,6 @@ REPORT = DeviceReport(
 
 def update(prefix: Path, *words: object) -> int:
     return main(["update", "--apply", "--prefix", str(prefix), *map(str, words)])
-
-
-@contextmanager
-def receiving(status: int = 200) -> Iterator[tuple[str, list[bytes]]]:
-    """A server for reports: its address, and the bodies that it got."""
-    bodies: list[bytes] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(status)
-            self.send_header("Location", "/other")
-            self.end_headers()
-
-    with http_server(Handler) as address:
-        yield f"{address}/reports", bodies
 
 
 def test_a_device_reports_to_a_folder_only_if_its_user_says_so(
@@ -95,14 +76,14 @@ def test_a_report_is_posted_and_a_server_that_refuses_it_changes_nothing(
 ) -> None:
     publisher("one")
     source = ("--repo", publisher.repo, "--root", publisher.root)
-    with receiving() as (url, bodies):
+    with replying((200, b"")) as (url, got):
         assert update(prefix, *source, "--report", url) == 0
         assert update(prefix) == 0
-    assert [parse_report(body).release for body in bodies] == [1, 1]
+    assert [parse_report(sent.body).release for sent in got] == [1, 1]
     for status in (500, 307, 302):
-        with receiving(status) as (url, bodies):
+        with replying((status, b"")) as (url, got):
             assert update(prefix, "--report", url) == 0
-            assert len(bodies) == 1
+            assert len(got) == 1
         assert f"the report was not sent: status {status}" in capsys.readouterr().err
     assert update(prefix) == 0
     assert "the report was not sent" in capsys.readouterr().err
@@ -151,7 +132,7 @@ def test_a_server_that_answers_a_report_too_slowly_is_left(
     prefix: Path, publisher: Publisher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher("one")
-    with receiving() as (url, _):
+    with replying((200, b"")) as (url, _):
         assert update(prefix, "--repo", publisher.repo, "--root", publisher.root, "--report", url) == 0
         # Too slow is now everybody who is asked over HTTP.
         monkeypatch.setattr(slow_replies, "_GRACE_S", -1.0)
