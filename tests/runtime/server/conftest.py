@@ -33,7 +33,9 @@ class Running:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        # uvicorn closes a connection that is idle for 5 s; a request that meets it would fail.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=self.url, timeout=30, limits=limits)
 
     @property
     def port(self) -> int:
@@ -51,9 +53,9 @@ Start = Callable[..., Running]
 @contextmanager
 def started(
     bundle: Path,
-    access: Access,
-    limits: ServerLimits,
     *,
+    access: Access = Access(),  # noqa: B008 - it is frozen
+    limits: ServerLimits = ServerLimits(grace_s=5),  # noqa: B008 - as above
     warms: bool = False,
     rewriters: Sequence[Rewriter] = (),
     send_buffer: int | None = None,
@@ -61,7 +63,7 @@ def started(
     redact: Sequence[str] = (),
     **opening: object,
 ) -> Iterator[Running]:
-    """A server for a bundle, until the block ends."""
+    """A server for a bundle, until the block ends; `opening` has options of `Runtime.open`."""
     is_ready = threading.Event()
     stops: list[Callable[[], None]] = []
 
@@ -69,6 +71,7 @@ def started(
         stops.append(stop)
         is_ready.set()
 
+    opening = {"contexts": 2, "disk_mb": 0, **opening}
     with Runtime.open(bundle, **opening) as runtime, bind("127.0.0.1", 0) as listening:
         if send_buffer is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -90,26 +93,16 @@ def started(
 
 @pytest.fixture
 def start(bundle: Path) -> Iterator[Start]:
-    """`start(bundle, access=, limits=, …)` starts a server, with options of `Runtime.open`."""
+    """`start(bundle, access=, limits=, …)` starts a server as `started` does."""
     with ExitStack() as stack:
-
-        def call(
-            folder: Path = bundle,
-            access: Access = Access(),  # noqa: B008 - it is frozen
-            limits: ServerLimits = ServerLimits(grace_s=5),  # noqa: B008 - as above
-            warms: bool = False,
-            **opening: object,
-        ) -> Running:
-            opening = {"contexts": 2, "disk_mb": 0, **opening}
-            return stack.enter_context(started(folder, access, limits, warms=warms, **opening))
-
-        yield call
+        yield lambda folder=bundle, **options: stack.enter_context(started(folder, **options))
 
 
-@pytest.fixture
-def server(start: Start) -> Running:
-    """A server with default settings for the bundle of the LLaMA base."""
-    return start()
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[Running]:
+    """A server with default settings for the bundle of the LLaMA base, which the tests of a module share."""
+    with started(bundle) as running:
+        yield running
 
 
 @pytest.fixture

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.tools.definitions import tool_set
 from openai import OpenAI, UnprocessableEntityError
-from ports import free_port, http_server
+from ports import free_port, replying
 from runtime.bundles import change_manifest
-from runtime.server.conftest import Running, Start
+from runtime.server.conftest import Running, Start, started
 from runtime.server.test_health import figures
 
 PROMPT = "set heat to warm"
@@ -31,16 +28,18 @@ QUESTION = "Which room do you mean?"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
 
-@pytest.fixture
-def sure(sure_bundle: Path, start: Start) -> Running:
+@pytest.fixture(scope="module")
+def sure(sure_bundle: Path) -> Iterator[Running]:
     """A server of a bundle whose answers have a confidence."""
-    return start(sure_bundle)
+    with started(sure_bundle) as running:
+        yield running
 
 
-@pytest.fixture
-def stop(sure: Running) -> str:
+@pytest.fixture(scope="module")
+def stop(sure_bundle: Path) -> str:
     """A text that ends the answer of `command`."""
-    return sure.runtime.generate(PROMPT, adapter="command", max_tokens=8).text[-2:]
+    with Runtime.open(sure_bundle, disk_mb=0) as runtime:
+        return runtime.generate(PROMPT, adapter="command", max_tokens=8).text[-2:]
 
 
 def body_of(stop: str, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - of a request
@@ -116,19 +115,18 @@ def test_wrong_values_are_refused(more: dict[str, Any], message: str, sure: Runn
     assert message in reply.json()["error"]["message"]
 
 
-def test_metrics_have_a_histogram(sure: Running, stop: str) -> None:
-    refused = {"min_confidence": 1, "unsure": "error"}
+def test_metrics_have_a_histogram(sure_bundle: Path, start: Start, stop: str) -> None:
+    server, refused = start(sure_bundle), {"min_confidence": 1, "unsure": "error"}
     for more in ({}, {"min_confidence": UNSURE}, {"max_tokens": 1}, refused):
-        sure.client.post("/v1/chat/completions", json=body_of(stop, **more))
-    found = figures(sure)
+        server.client.post("/v1/chat/completions", json=body_of(stop, **more))
+    found = figures(server)
     assert found["edgetune_confidence_count adapter=command"] == 3
     assert found["edgetune_unsure_answers_total adapter=command"] == 2
 
 
-def test_a_bigger_model_answers(sure_bundle: Path, stop: str, start: Start, tmp_path: Path) -> None:
-    bigger = Path(shutil.copytree(sure_bundle, tmp_path / "bigger"))
-    change_manifest(bigger, lambda raw: raw["adapters"]["tone"].update(output={"choices": ["the lamp", "the heat"]}))
-    server = start(bigger)
+def test_a_bigger_model_answers(sure_bundle: Path, sure_home: Path, stop: str, start: Start) -> None:
+    change_manifest(sure_home, lambda raw: raw["adapters"]["tone"].update(output={"choices": ["the lamp", "the heat"]}))
+    server = start(sure_home)
     answer = unsure_answer(sure_bundle, stop, DeferTo(f"{server.url}/v1", "tone"))
     system = server.runtime.manifest.adapter("command").system
     messages = [{"role": "system", "content": system}, *MESSAGES]
@@ -136,31 +134,18 @@ def test_a_bigger_model_answers(sure_bundle: Path, stop: str, start: Start, tmp_
     assert (answer.is_unsure, answer.instead) == (True, "defer")
 
 
-REPLY = {"choices": [{"message": {"role": "assistant", "content": "the lamp is on"}}]}
+def chat(message: dict[str, Any]) -> tuple[int, bytes]:
+    """A reply with this answer."""
+    return 200, json.dumps({"choices": [{"message": message}]}).encode()
 
 
-@contextmanager
-def answering(status: int, body: bytes, refused: str | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The address of a server that answers every request with these bytes, and the requests it got.
+def refusal(name: str, value: object) -> tuple[int, bytes]:
+    """A reply that refuses a member as OpenAI does."""
+    message = f"Unsupported value: '{name}' does not support {value} with this model."
+    return 400, json.dumps({"error": {"message": message, "param": name}}).encode()
 
-    Those with the key `refused` it refuses as OpenAI does.
-    """
-    got: list[dict[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            got.append({"path": self.path, "key": self.headers["Authorization"], **request})
-            message = f"Unsupported value: '{refused}' does not support {request.get(refused)} with this model."
-            refusal = json.dumps({"error": {"message": message, "param": refused}}).encode()
-            self.send_response(400 if refused in request else status)
-            self.send_header("Location", "/elsewhere")
-            self.send_header("Content-Length", str(len(sent := refusal if refused in request else body)))
-            self.end_headers()
-            self.wfile.write(sent)
-
-    with http_server(Handler) as address:
-        yield f"{address}/v1", got
+REPLY = chat({"role": "assistant", "content": "the lamp is on"})
 
 
 def unsure_answer(bundle: Path, stop: str | list[str], to: DeferTo, **options: Any) -> Any:  # noqa: ANN401 - an Answer
@@ -170,27 +155,28 @@ def unsure_answer(bundle: Path, stop: str | list[str], to: DeferTo, **options: A
 
 
 def test_the_request_has_the_key_and_the_conversation(sure_bundle: Path, stop: str) -> None:
-    with answering(200, json.dumps(REPLY).encode()) as (url, got):
-        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big", key="secret"))
+    with replying(REPLY) as (url, got):
+        answer = unsure_answer(sure_bundle, stop, DeferTo(f"{url}/v1", "big", key="secret"))
     assert (answer.text, answer.instead) == ("the lamp is on", "defer")
     (request,) = got
-    assert (request["path"], request["key"], request["model"]) == ("/v1/chat/completions", "Bearer secret", "big")
-    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert (request.path, request.headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
+    body = json.loads(request.body)
+    assert (body["model"], [message["role"] for message in body["messages"]]) == ("big", ["system", "user"])
     assert "secret" not in repr(DeferTo(url, "big", key="secret"))
 
 
 def test_a_model_that_refuses_a_temperature_is_asked_without(sure_bundle: Path, stop: str) -> None:
-    with answering(200, json.dumps(REPLY).encode(), refused="temperature") as (url, got):
+    with replying(refusal("temperature", 0), REPLY) as (url, got):
         answer = unsure_answer(sure_bundle, stop, DeferTo(url, "thinking"))
     assert (answer.text, answer.instead) == ("the lamp is on", "defer")
-    assert [request.get("temperature") for request in got] == [0, None]
+    assert [json.loads(request.body).get("temperature") for request in got] == [0, None]
 
 
 def test_its_answer_ends_at_a_stop_text_and_has_no_more_tokens_than_asked_for(
     sure_bundle: Path, sure: Running, stop: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     to_say = "the lamp is on, as it was" + " before" * 50
-    with answering(200, json.dumps({"choices": [{"message": {"content": to_say}}]}).encode()) as (url, got):
+    with replying(chat({"content": to_say})) as (url, got):
         long = unsure_answer(sure_bundle, [stop], DeferTo(url, "big"))
         short = unsure_answer(sure_bundle, [stop, "was", ","], DeferTo(url, "big"))
     assert (long.is_unsure, long.instead) == (True, None)
@@ -199,13 +185,13 @@ def test_its_answer_ends_at_a_stop_text_and_has_no_more_tokens_than_asked_for(
     with loaded_bundle(sure.runtime).base.tokenizer() as tokenizer:
         assert short.tokens == len(tokenizer.tokenize(short.text, continues=True))
     # A model that thinks would stop within its thought.
-    assert not {"stop", "max_tokens"} & got[0].keys()
+    assert not {"stop", "max_tokens"} & json.loads(got[0].body).keys()
 
 
 def test_the_reason_of_another_refusal_is_logged(
     sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with answering(200, json.dumps(REPLY).encode(), refused="model") as (url, got):
+    with replying(refusal("model", "none")) as (url, got):
         answer = unsure_answer(sure_bundle, stop, DeferTo(url, "none"))
     assert (answer.instead, len(got)) == (None, 1)
     assert "failed: HTTP 400: Unsupported value: 'model' does not support none with this model" in caplog.text
@@ -231,7 +217,7 @@ def test_the_reason_of_another_refusal_is_logged(
 def test_one_that_answers_rubbish_leaves_the_marked_answer(
     status: int, body: bytes, sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with answering(status, body) as (url, got):
+    with replying((status, body)) as (url, got):
         answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big"))
     assert (answer.is_unsure, answer.instead, len(got)) == (True, None, 1)
     assert "kept an unsure answer: 'big' at http" in caplog.text
@@ -295,24 +281,22 @@ def test_a_label_must_be_one_of_those_that_it_was_told(sure_bundle: Path) -> Non
         labels = runtime.manifest.adapter("tone").labels
         end = runtime.generate(PROMPT, adapter="tone", max_tokens=8).text[-2:]
     for text, instead in ((f" {labels[1]}\n", "defer"), ("Sure! Here is a poem.", None)):
-        reply = {"choices": [{"message": {"content": text}}]}
-        with answering(200, json.dumps(reply).encode()) as (url, got):
+        with replying(chat({"content": text})) as (url, got):
             answer = unsure_answer(sure_bundle, end, DeferTo(url, "big"), adapter="tone")
         assert (answer.instead, answer.text == labels[1]) == (instead, instead is not None)
-        assert f"one of these texts, and nothing else: {'; '.join(labels)}" in got[0]["messages"][0]["content"]
+        system = json.loads(got[0].body)["messages"][0]["content"]
+        assert f"one of these texts, and nothing else: {'; '.join(labels)}" in system
 
 
-def test_its_answer_must_fit_the_output_constraint(sure_bundle: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+def test_its_answer_must_fit_the_output_constraint(sure_home: Path) -> None:
     schema = {"type": "object", "properties": {"room": {"enum": ["hall", "loft"]}}, "required": ["room"]}
     output = {"schema": schema, "spacing": "compact"}
-    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(output=output))
+    change_manifest(sure_home, lambda raw: raw["adapters"]["command"].update(output=output))
 
     def asked(content: str) -> Any:  # noqa: ANN401 - an Answer
-        reply = {"choices": [{"message": {"content": content}}]}
-        with answering(200, json.dumps(reply).encode()) as (url, got):
-            answer = unsure_answer(bundle, "never", DeferTo(url, "big"))
-        assert got[0]["response_format"]["json_schema"]["schema"] == schema
+        with replying(chat({"content": content})) as (url, got):
+            answer = unsure_answer(sure_home, "never", DeferTo(url, "big"))
+        assert json.loads(got[0].body)["response_format"]["json_schema"]["schema"] == schema
         return answer
 
     good = asked('{"room": "loft"}')
@@ -332,7 +316,7 @@ LAMP = {
 
 def deferred(message: dict[str, Any], choice: str) -> tuple[str, tuple[ToolCall, ...]]:
     """What a bigger model that answers so says and calls."""
-    with answering(200, json.dumps({"choices": [{"message": message}]}).encode()) as (url, _):
+    with replying(chat(message)) as (url, _):
         tools = tool_set([{"name": "lamp", "parameters": LAMP}], choice)
         return ask(DeferTo(url, "big"), MESSAGES, tools, None, no_limits)
 

@@ -84,25 +84,24 @@ def test_an_allowed_origin_can_read_errors_and_the_servers_own_headers(start: St
         assert response.headers["access-control-expose-headers"] == "X-Edgetune-Confidence, X-Edgetune-Unsure"
 
 
-@pytest.mark.parametrize("header", [f"Bearer {OTHER}", f"bearer  {OTHER}", f"Bearer {KEY}"])
-def test_each_of_several_keys_is_accepted(header: str, start: Start) -> None:
+def test_each_of_several_keys_is_accepted(start: Start) -> None:
     server = start(access=Access(keys=(KEY, OTHER)))
-    assert server.client.get("/v1/models", headers={"Authorization": header}).status_code == 200
+    for header in (f"Bearer {OTHER}", f"bearer  {OTHER}", f"Bearer {KEY}"):
+        assert server.client.get("/v1/models", headers={"Authorization": header}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "header",
-    [None, "", "Bearer", f"Basic {KEY}", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer \xff"],
-)
-def test_a_missing_or_wrong_key_is_refused_in_the_shape_of_each_api(header: str | None, start: Start) -> None:
+def test_a_missing_or_wrong_key_is_refused_in_the_shape_of_each_api(start: Start) -> None:
     server = start(access=Access(keys=(KEY,)))
-    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    for path in ("/v1/models", "/api/tags", "/metrics", "/nowhere"):
-        response = server.client.get(path, headers=headers)
-        assert response.status_code == 401
-        assert response.headers["www-authenticate"] == "Bearer"
-    assert server.client.get("/api/tags", headers=headers).json()["error"].startswith("the API key is missing or wrong")
-    error = server.client.get("/v1/models", headers=headers).json()["error"]
-    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
-    for path in ("/healthz", "/readyz", "/"):
-        assert server.client.get(path, headers=headers).status_code == 200
+    for header in (None, "", "Bearer", f"Basic {KEY}", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer \xff"):
+        headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+        replies = {
+            path: server.client.get(path, headers=headers)
+            for path in ("/v1/models", "/api/tags", "/metrics", "/nowhere")
+        }
+        for reply in replies.values():
+            assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer"), header
+        assert replies["/api/tags"].json()["error"].startswith("the API key is missing or wrong")
+        error = replies["/v1/models"].json()["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        for path in ("/healthz", "/readyz", "/"):
+            assert server.client.get(path, headers=headers).status_code == 200

@@ -24,7 +24,8 @@ def figures(server: Running) -> dict[str, float]:
     }
 
 
-def test_answers_are_counted(server: Running) -> None:
+def test_answers_are_counted(start: Start) -> None:
+    server = start()
     usage = server.client.post("/v1/chat/completions", json=CHAT).json()["usage"]
     server.client.post("/v1/chat/completions", json={**CHAT, "model": "command:0.7+tone:0.3"})
     server.client.post("/v1/chat/completions", json={**CHAT, "model": "comand"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from edgetune_runtime.server.settings import Access
-from runtime.server.conftest import Running, Start
+from runtime.server.conftest import Running, Start, started
 
 KEY = "a key of the test 123456"
 HOST = "host.docker.internal"
@@ -64,12 +65,13 @@ class OpenWebUI:
         return [json.loads(line) for line in response.text.splitlines()]
 
 
-@pytest.fixture
-def server(start: Start) -> Running:
-    return start(access=Access(keys=(KEY,), hosts=(HOST,)))
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[Running]:
+    with started(bundle, access=Access(keys=(KEY,), hosts=(HOST,))) as running:
+        yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def webui(server: Running) -> OpenWebUI:
     return OpenWebUI(server)
 

@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.server.rewriting import Rewriter
-from edgetune_runtime.server.settings import Access, ServerLimits
+from edgetune_runtime.server.settings import Access
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Running, Start, started
@@ -72,8 +72,7 @@ def is_status(message: str) -> bool:
     return message.startswith("Failed to load resource")
 
 
-def test_a_browser_gets_the_page_and_other_clients_a_line_of_text(start: Start) -> None:
-    server = start()
+def test_a_browser_gets_the_page_and_other_clients_a_line_of_text(server: Running) -> None:
     assert server.client.get("/").text.startswith("edgetune-run serves ")
     reply = server.client.get("/", headers={"Accept": "text/html,*/*"})
     policy = reply.headers["Content-Security-Policy"]
@@ -95,8 +94,7 @@ def test_the_facts_of_the_bundle_need_the_key(start: Start) -> None:
 
 
 @needs_browser
-def test_the_page_streams_the_answers_of_two_adapters_by_keyboard_alone(start: Start, visit: Visit) -> None:
-    server = start()
+def test_the_page_streams_the_answers_of_two_adapters_by_keyboard_alone(server: Running, visit: Visit) -> None:
     first, second = server.runtime.adapters[:2]
     page = visit(server)
     page.get_by_label("side by side").focus()
@@ -120,9 +118,8 @@ def test_the_page_streams_the_answers_of_two_adapters_by_keyboard_alone(start: S
 
 @needs_browser
 def test_an_answer_is_confirmed_or_corrected_on_the_page(
-    bundle: Path, start: Start, visit: Visit, tmp_path: Path
+    home: Path, start: Start, visit: Visit, tmp_path: Path
 ) -> None:
-    home = Path(shutil.copytree(bundle, tmp_path / "home"))
     # Answers that end.
     change_manifest(home, lambda raw: raw["adapters"]["command"].update(output={"choices": ["on", "off"]}))
     server = start(home, log=tmp_path / "answers.jsonl")
@@ -209,13 +206,17 @@ def test_what_the_router_chose_is_judged_if_it_is_an_adapter(
 
 
 @needs_browser
-def test_a_server_without_a_log_asks_for_no_corrections(start: Start, visit: Visit) -> None:
-    page = visit(start())
+def test_without_a_log_no_correction_is_asked_for_and_a_server_that_cannot_be_reached_any_more_is_named(
+    server: Running, visit: Visit
+) -> None:
+    page = visit(server)
     page.get_by_label("most tokens").fill("4")
+    page.route("**/edgetune/bundle", lambda route: route.abort())
     page.get_by_role("textbox", name="Prompt").fill("play")
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".figures").first).to_contain_text("first token")
     expect(page.get_by_role("button", name="correct it").first).to_be_hidden()
+    expect(page.locator("#about")).to_have_text("Failed to fetch")
 
 
 @needs_browser
@@ -237,13 +238,12 @@ def test_a_screen_reader_is_told_when_an_answer_is_whole_and_reads_only_what_is_
 
 
 @needs_browser
-def test_models_are_labelled_by_what_they_answer_with(bundle: Path, tmp_path: Path, visit: Visit) -> None:
-    copy = Path(shutil.copytree(bundle, tmp_path / "home"))
+def test_models_are_labelled_by_what_they_answer_with(home: Path, visit: Visit) -> None:
     # As of an adapter whose origin is not known.
-    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(method=""))
+    change_manifest(home, lambda raw: raw["adapters"]["tone"].update(method=""))
     # Its chats are not asked for.
     rewriters = [Rewriter("short", lambda messages, tools: pytest.fail("a chat was rewritten"))]
-    with started(copy, Access(), ServerLimits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+    with started(home, rewriters=rewriters, contexts=1) as server:
         page = visit(server)
         select = page.get_by_label("Adapter", exact=True).first
         names = ["home (base)", "command", "tone", "whole", "short (rewrites chats)"]
@@ -257,17 +257,19 @@ def test_models_are_labelled_by_what_they_answer_with(bundle: Path, tmp_path: Pa
 
 
 @needs_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out_from_what_is_behind_them(scheme: str, start: Start, visit: Visit) -> None:
-    page = visit(start(), color_scheme=scheme)
+def test_texts_stand_out_from_what_is_behind_them(server: Running, visit: Visit) -> None:
+    page = visit(server)
     expect(page.get_by_role("button", name="Send")).to_be_visible()
-    colors = page.evaluate(COLORS)
-    assert (luminance(colors["page"]) > 0.5) == (scheme == "light")
     texts = [(name, "card") for name in ("ink", "soft", "train", "validation", "bad")]
-    for text, ground in [*texts, ("ink", "page"), ("soft", "page"), ("on-accent", "accent")]:
-        lighter, darker = sorted((luminance(colors[text]), luminance(colors[ground])), reverse=True)
-        # The least of WCAG 2, level AA.
-        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, ground)
+    schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    for scheme in schemes:
+        page.emulate_media(color_scheme=scheme)
+        colors = page.evaluate(COLORS)
+        assert (luminance(colors["page"]) > 0.5) == (scheme == "light")
+        for text, ground in [*texts, ("ink", "page"), ("soft", "page"), ("on-accent", "accent")]:
+            lighter, darker = sorted((luminance(colors[text]), luminance(colors[ground])), reverse=True)
+            # The least of WCAG 2, level AA.
+            assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (scheme, text, ground)
 
 
 def luminance(color: list[int]) -> float:
@@ -278,8 +280,8 @@ def luminance(color: list[int]) -> float:
 
 
 @needs_browser
-def test_the_page_fits_a_phone(start: Start, visit: Visit) -> None:
-    page = visit(start(), viewport={"width": 360, "height": 700})
+def test_the_page_fits_a_phone(server: Running, visit: Visit) -> None:
+    page = visit(server, viewport={"width": 360, "height": 700})
     page.get_by_label("side by side").check()
     page.get_by_text("About this adapter").first.click()
     expect(page.get_by_text("method", exact=True).first).to_be_visible()
@@ -305,17 +307,15 @@ def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(start: Start, visit
 
 
 @needs_browser
-@pytest.mark.parametrize(
-    ("status", "body", "told"),
-    [(503, '{"error":"busy; try again"}', "busy; try again"), (502, "<h1>", "The server answers with status 502.")],
-)
-def test_a_bundle_that_does_not_come_is_explained(
-    status: int, body: str, told: str, start: Start, visit: Visit
-) -> None:
-    page = visit(start())
-    page.route("**/edgetune/bundle", lambda route: route.fulfill(status=status, body=body))
+def test_a_bundle_that_does_not_come_is_explained(server: Running, visit: Visit) -> None:
+    page = visit(server)
+    sent: dict[str, Any] = {"status": 503, "body": '{"error":"busy; try again"}'}
+    page.route("**/edgetune/bundle", lambda route: route.fulfill(**sent))
     page.reload()
-    expect(page.locator("#about")).to_have_text(told)
+    expect(page.locator("#about")).to_have_text("busy; try again")
+    sent.update(status=502, body="<h1>")
+    page.reload()
+    expect(page.locator("#about")).to_have_text("The server answers with status 502.")
     expect(page.locator("h1")).to_have_text("edgetune")
 
 
@@ -341,18 +341,8 @@ def test_an_answer_that_is_stopped_leaves_the_server(start: Start, visit: Visit)
 
 
 @needs_browser
-def test_a_server_that_cannot_be_reached_after_an_answer_is_said(start: Start, visit: Visit) -> None:
-    page = visit(start())
-    page.get_by_label("most tokens").fill("4")
-    page.route("**/edgetune/bundle", lambda route: route.abort())
-    page.get_by_role("textbox", name="Prompt").fill("turn on the light")
-    page.get_by_role("button", name="Send").click()
-    expect(page.locator("#about")).to_have_text("Failed to fetch")
-
-
-@needs_browser
-def test_what_the_server_refuses_is_shown_in_place_of_the_answer(start: Start, visit: Visit) -> None:
-    page = visit(start())
+def test_what_the_server_refuses_is_shown_in_place_of_the_answer(server: Running, visit: Visit) -> None:
+    page = visit(server)
     page.get_by_role("textbox", name="Prompt").fill("light " * 2000)
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_role("status", name="Answer").first).to_contain_text("context")

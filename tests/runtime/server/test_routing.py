@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import ollama
@@ -11,13 +12,14 @@ import pytest
 from edgetune_runtime.bundle import BASE, ERROR, GENERATE
 from openai import BadRequestError, OpenAI
 from runtime.bundles import add_router
-from runtime.server.conftest import Running, Start
+from runtime.server.conftest import Running, Start, started
 
 
-@pytest.fixture
-def routed(bundle: Path, tmp_path: Path, start: Start) -> Running:
+@pytest.fixture(scope="module")
+def routed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server of a bundle with a router."""
-    return start(with_router(bundle, tmp_path / "home"))
+    with started(with_router(bundle, tmp_path_factory.mktemp("routed") / "home")) as running:
+        yield running
 
 
 def with_router(bundle: Path, home: Path, below: str = BASE) -> Path:

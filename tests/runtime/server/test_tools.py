@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import openai
 import pytest
 from edgetune_runtime.inference.measuring import loaded_bundle
 from openai import OpenAI
-from runtime.server.conftest import Running, Start
+from runtime.server.conftest import Running, Start, started
 from runtime.tools.templates import FAMILIES
 
 LAMP = {
@@ -27,9 +28,10 @@ ASK: list[Any] = [{"role": "user", "content": "light"}]
 HOT: dict[str, Any] = {"temperature": 1.5, "seed": 1, "max_tokens": 200}
 
 
-@pytest.fixture
-def server(start: Start, tools_bundle: Path) -> Running:
-    return start(tools_bundle, contexts=1)
+@pytest.fixture(scope="module")
+def server(tools_bundle: Path) -> Iterator[Running]:
+    with started(tools_bundle, contexts=1) as running:
+        yield running
 
 
 def lamp_choice(name: str) -> Any:  # noqa: ANN401 - one of the client's many types
@@ -155,7 +157,8 @@ THINKING = (
 )
 
 
-def test_think_false_is_for_the_base_and_adapters_answer_as_they_were_trained(server: Running, client: OpenAI) -> None:
+def test_think_false_is_for_the_base_and_adapters_answer_as_they_were_trained(start: Start, tools_bundle: Path) -> None:
+    server = start(tools_bundle, contexts=1)
     loaded_bundle(server.runtime).context()[0].engine.tokenizer.chat_template = THINKING
 
     def prompt_tokens(model: str, **more: Any) -> int | None:  # noqa: ANN401 - of the client
@@ -170,10 +173,11 @@ def test_think_false_is_for_the_base_and_adapters_answer_as_they_were_trained(se
     assert prompt_tokens("one", think=False) == prompt_tokens("one")
     own = [server.runtime.generate("light", adapter="one", max_tokens=1, think=think) for think in (None, False)]
     assert own[0].timings.prompt_tokens == own[1].timings.prompt_tokens
-    chat = client.chat.completions.create(model="home", messages=ASK, max_tokens=2, reasoning_effort="none")
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as openais:
+        chat = openais.chat.completions.create(model="home", messages=ASK, max_tokens=2, reasoning_effort="none")
+        reply = openais.responses.create(model="home", input="light", max_output_tokens=2, reasoning={"effort": "none"})
     assert chat.usage is not None
     assert chat.usage.prompt_tokens == silent
-    reply = client.responses.create(model="home", input="light", max_output_tokens=2, reasoning={"effort": "none"})
     assert reply.usage is not None
     assert reply.usage.input_tokens == silent
 
@@ -245,7 +249,8 @@ def test_home_assistants_rounds_with_tools_are_answered(server: Running) -> None
     assert lines[-1].prompt_eval_count == answer.timings.prompt_tokens
 
 
-def test_calls_come_as_ollamas_clients_expect_them(server: Running) -> None:
+def test_calls_come_as_ollamas_clients_expect_them(start: Start, tools_bundle: Path) -> None:
+    server = start(tools_bundle, contexts=1)
     # With this template an answer that begins with a brace is a call. One of these seeds begins with one.
     loaded_bundle(server.runtime).context()[0].engine.tokenizer.chat_template = FAMILIES["llama3"]
     hot: dict[str, Any] = {"temperature": 5.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
