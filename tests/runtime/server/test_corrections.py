@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,36 +55,9 @@ def test_answers_without_a_row_are_not_logged(server: Running, client: OpenAI, l
     assert read_answer_log(log, server.runtime.manifest) == []
 
 
-def test_another_answer_has_the_place_of_one_that_is_being_redacted(
-    start: Start, log: Path, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    is_redacting = threading.Event()
-
-    def redact(command: list[str], *, timeout_s: float, stdin: bytes) -> ProcessResult:
-        is_redacting.set()
-        return run(command, timeout_s=timeout_s, stdin=stdin)
-
-    monkeypatch.setattr(redaction, "run", redact)
-    monkeypatch.setattr(redaction, "MAX_S", 2.0)
-    server = start(contexts=1, log=log, redact=[r"(\w+\s?)+@"])
-    base = server.client.get("/v1/models").json()["data"][0]["id"]
-    chat = {**CHAT, "messages": [{"role": "user", "content": "a" * 40 + " turn on"}]}
-    slow = threads.submit(server.client.post, "/api/chat", json=chat)
-    assert is_redacting.wait(30)
-    assert server.client.post("/v1/chat/completions", json={**CHAT, "model": base}).status_code == 200
-    assert not slow.done()
-    name = json.loads(slow.result().text.splitlines()[-1])["id"]
-    (entry,) = read_answer_log(log, server.runtime.manifest)
-    assert (entry.id, entry.answer) == (name, redaction.REDACTED)
-
-
-def test_while_the_log_is_behind_answers_are_given_and_not_logged(
-    start: Start,
-    log: Path,
-    threads: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def held(start: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """`is_redacting, released`: the first answer to redact waits until the second is set. Servers stop after that."""
     is_redacting, released = threading.Event(), threading.Event()
 
     def redact(command: list[str], *, timeout_s: float, stdin: bytes) -> ProcessResult:
@@ -92,17 +66,44 @@ def test_while_the_log_is_behind_answers_are_given_and_not_logged(
         return run(command, timeout_s=timeout_s, stdin=stdin)
 
     monkeypatch.setattr(redaction, "run", redact)
+    yield is_redacting, released
+    released.set()
+
+
+def test_another_answer_has_the_place_of_one_that_is_being_redacted(
+    start: Start, log: Path, threads: ThreadPoolExecutor, held: tuple[threading.Event, threading.Event]
+) -> None:
+    is_redacting, released = held
+    server = start(contexts=1, log=log, redact=["turn on"])
+    base = server.client.get("/v1/models").json()["data"][0]["id"]
+    slow = threads.submit(server.client.post, "/api/chat", json=CHAT)
+    assert is_redacting.wait(30)
+    assert server.client.post("/v1/chat/completions", json={**CHAT, "model": base}).status_code == 200
+    assert not slow.done()
+    released.set()
+    name = json.loads(slow.result().text.splitlines()[-1])["id"]
+    (entry,) = read_answer_log(log, server.runtime.manifest)
+    assert (entry.id, entry.messages[0]["content"]) == (name, f"{redaction.REDACTED} the light")
+
+
+def test_while_the_log_is_behind_answers_are_given_and_not_logged(
+    start: Start,
+    log: Path,
+    threads: ThreadPoolExecutor,
+    held: tuple[threading.Event, threading.Event],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    is_redacting, released = held
     monkeypatch.setattr(answering, "_LOG_THREADS", 1)
     monkeypatch.setattr(answering, "_MAX_WAITING_FOR_LOG", 0)
     server = start(contexts=1, log=log, redact=["secret"])
     slow = threads.submit(server.client.post, "/v1/chat/completions", json=CHAT)
-    try:
-        assert is_redacting.wait(30)
-        assert server.client.post("/v1/chat/completions", json=CHAT).status_code == 200
-        assert "did not log an answer: the log of answers has 1 calls that have not ended" in caplog.text
-        assert server.client.post(PATH, json={"id": "a"}).status_code == 503
-    finally:
-        released.set()
+    assert is_redacting.wait(30)
+    assert server.client.post("/v1/chat/completions", json=CHAT).status_code == 200
+    assert "did not log an answer: the log of answers has 1 calls that have not ended" in caplog.text
+    assert server.client.post(PATH, json={"id": "a"}).status_code == 503
+    released.set()
     (entry,) = read_answer_log(log, server.runtime.manifest) if slow.result().status_code == 200 else ()
     assert slow.result().json()["id"].endswith(entry.id)
 

@@ -16,8 +16,10 @@ import ollama
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.inference import following
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
+from edgetune_runtime.server import rewriting
 from edgetune_runtime.server.answering import Answering, Serving
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access, ServerLimits
@@ -99,7 +101,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def server(bundle: Path, folder: Path) -> Iterator[Running]:
     rewriters = [Rewriter.load("short=shortened:rewrite", folder)]
-    with started(bundle, Access(), ServerLimits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as running:
+    with started(bundle, rewriters=rewriters, contexts=1) as running:
         yield running
 
 
@@ -113,7 +115,7 @@ def test_a_chat_is_answered_by_the_adapter_with_the_rewritten_prompt(server: Run
 
 def test_a_question_in_place_of_an_unsure_answer_is_sent_as_it_is(sure_bundle: Path, folder: Path) -> None:
     rewriters = [Rewriter.load("short=shortened:rewrite", folder)]
-    with started(sure_bundle, Access(), ServerLimits(grace_s=5), rewriters=rewriters, disk_mb=0) as running:
+    with started(sure_bundle, rewriters=rewriters) as running:
         own = running.runtime.generate("play music in the hall", adapter="command", max_tokens=8)
         body = {"model": "short", "messages": said("play music"), "stop": own.text[-2:], "max_tokens": 24}
         unsure = {"min_confidence": 1 - 1e-9, "ask": "Which room?"}
@@ -183,7 +185,13 @@ def test_the_server_answers_others_while_a_reply_is_made(server: Running, thread
     assert sent.result(timeout=20).json()["message"]["content"] == "at last"
 
 
-def test_calls_that_never_end_stop_no_other_model(server: Running) -> None:
+@pytest.fixture
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rewriter that is loaded from now on runs few calls at once."""
+    monkeypatch.setattr(rewriting, "_MAX_CALLS", 4)
+
+
+def test_calls_that_never_end_stop_no_other_model(few_calls: None, server: Running) -> None:
     body = {"model": "short", "messages": said("hang")}
     replies: list[httpx.Response] = []
 
@@ -195,7 +203,7 @@ def test_calls_that_never_end_stop_no_other_model(server: Running) -> None:
     try:
         wait_for(is_refused)
         assert (replies[0].status_code, replies[0].headers["retry-after"]) == (503, "1")
-        assert "model 'short' has 32 calls that have not ended" in replies[0].text
+        assert "model 'short' has 4 calls that have not ended" in replies[0].text
         chat = {"model": "command", "messages": said("play")[1:], "options": {"num_predict": 2}}
         assert server.client.post("/api/chat", json=chat, timeout=10).status_code == 200
     finally:
@@ -206,7 +214,7 @@ def test_calls_that_never_end_stop_no_other_model(server: Running) -> None:
 
 def test_a_call_ends_with_the_time_of_its_request(bundle: Path, folder: Path) -> None:
     rewriters, limits = [Rewriter.load("short=shortened:rewrite", folder)], ServerLimits(request_s=0.5, grace_s=5)
-    with started(bundle, Access(), limits, rewriters=rewriters, contexts=1, disk_mb=0) as server:
+    with started(bundle, limits=limits, rewriters=rewriters, contexts=1) as server:
         try:
             for text, action in (("hang", "read this chat"), ("slow", "make a reply of the answer")):
                 chat = {"model": "short", "messages": said(text), "options": {"num_predict": 1}, "stream": False}
@@ -218,34 +226,29 @@ def test_a_call_ends_with_the_time_of_its_request(bundle: Path, folder: Path) ->
             sys.modules["shortened"].Slow.released.set()
 
 
-def test_a_call_that_never_ends_does_not_keep_the_server_from_stopping(bundle: Path, folder: Path) -> None:
-    rewrite = ["--rewrite", "short=shortened:rewrite", "--app-dir", folder]
-    with serving(bundle, *rewrite, "--contexts", 1) as (process, url):
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/api/chat", json={"model": "short", "messages": said("hang")}, timeout=1)
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=15)[1] == ""
-    assert process.returncode == 0
-
-
-def test_a_request_that_is_rewritten_ends_with_the_grace_time(
+def test_calls_that_never_end_do_not_keep_the_command_from_stopping(
     bundle: Path, folder: Path, threads: ThreadPoolExecutor
 ) -> None:
     rewrite = ["--rewrite", "short=shortened:rewrite", "--app-dir", folder]
     with serving(bundle, *rewrite, "--contexts", 1, "--max-grace-s", 0) as (process, url):
+
+        def has_running(requests: int) -> bool:
+            return f"edgetune_requests_running {requests}.0" in httpx.get(f"{url}/metrics").text
+
+        with ollama.Client(url) as client:
+            reply = client.chat("short", said("play"), options={"num_predict": 4})
+        assert (reply.message.content or "").startswith("said: ")
         chat = {"model": "short", "messages": said("hang")}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/api/chat", json=chat, timeout=httpx.Timeout(10, read=0.5))
+        # The call of a client that has left runs on, and counts no more.
+        wait_for(lambda: has_running(0))
         sent = threads.submit(httpx.post, f"{url}/api/chat", json=chat, timeout=30)
-        wait_for(lambda: "edgetune_requests_running 1.0" in httpx.get(f"{url}/metrics").text)
+        wait_for(lambda: has_running(1))
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=15)[1] == ""
+    assert process.returncode == 0
     assert sent.result().status_code == 503 and "the server is stopping" in sent.result().text
-
-
-def test_the_command_serves_it(bundle: Path, folder: Path) -> None:
-    rewrite = ["--rewrite", "short=shortened:rewrite", "--app-dir", folder]
-    with serving(bundle, *rewrite) as (_, url), ollama.Client(url) as client:
-        reply = client.chat("short", said("play"), options={"num_predict": 4})
-        assert (reply.message.content or "").startswith("said: ")
 
 
 @pytest.mark.parametrize(
@@ -271,13 +274,14 @@ def test_the_name_of_another_model_is_refused(bundle: Path, folder: Path) -> Non
 
 
 def test_a_new_adapter_with_the_name_of_a_rewriter_is_hidden_by_it(
-    bundle: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(following, "_WATCH_S", 0.02)
     first, prefix = Path(shutil.copytree(bundle, tmp_path / "first")), tmp_path / "device"
     remove_from_bundle(first, "tone")
     rewriters = [Rewriter.load("tone=shortened:rewrite", folder)]
     path = switch_to(prefix, "a" * 16, first)
-    with started(path, Access(), ServerLimits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+    with started(path, rewriters=rewriters, contexts=1) as server:
         for version, has_tone in (("b", True), ("c", False), ("d", True)):
             caplog.clear()
             switch_to(prefix, version * 16, bundle if has_tone else first)
