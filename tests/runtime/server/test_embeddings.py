@@ -30,13 +30,13 @@ def message(response: httpx.Response) -> str:
     return str(error["message"] if isinstance(error, dict) else error)
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/api/embed"])
-def test_more_texts_than_openai_allows_are_refused(path: str, encoder_bundle: Path, start: Start) -> None:
+def test_more_texts_than_openai_allows_are_refused(encoder_bundle: Path, start: Start) -> None:
     server = start(encoder_bundle)
-    refused = post(server, path, ["play"] * (MOST + 1))
-    assert refused.status_code == 400
-    assert "input has 2049 texts; send at most 2048 per request" in message(refused)
-    assert post(server, path, ["play"] * MOST).status_code == 200
+    for path in ("/v1/embeddings", "/api/embed"):
+        refused = post(server, path, ["play"] * (MOST + 1))
+        assert refused.status_code == 400
+        assert "input has 2049 texts; send at most 2048 per request" in message(refused)
+    assert post(server, "/v1/embeddings", ["play"] * MOST).status_code == 200
 
 
 def test_texts_that_take_longer_than_a_request_may_are_refused(encoder_bundle: Path, start: Start) -> None:
