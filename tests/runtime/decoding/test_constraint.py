@@ -32,11 +32,21 @@ COMMAND = output_of(
 )
 
 
-def test_a_tokenizer_gives_all_tokens_at_once_as_one_by_one(base: Opened) -> None:
-    tokenizer, _ = base
-    every = range(tokenizer.vocab_size)
-    assert tokenizer.pieces() == [tokenizer.piece(token) for token in every]
-    assert tokenizer.ends() == [token for token in every if tokenizer.is_end(token)]
+ONE_OF_EACH = [("gguf", "tiny"), ("onnx", "smollm2")]
+"""Each base in one engine: a constraint knows only tokens, which both engines have alike."""
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_a_tokenizer_gives_all_tokens_at_once_as_one_by_one_and_alike_in_both_engines(
+    name: str, opened: Callable[..., Opened]
+) -> None:
+    (gguf, _), (onnx, _) = (opened(engine, name) for engine in ("gguf", "onnx"))
+    for tokenizer in (gguf, onnx):
+        every = range(tokenizer.vocab_size)
+        assert tokenizer.pieces() == [tokenizer.piece(token) for token in every]
+        assert tokenizer.ends() == [token for token in every if tokenizer.is_end(token)]
+    assert gguf.pieces() == onnx.pieces()
+    assert gguf.ends() == onnx.ends()
 
 
 def allowed_by(constraint: Constraint) -> np.ndarray | None:
@@ -49,6 +59,7 @@ def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return b"".join(map(tokenizer.piece, tokens)).decode()
 
 
+@pytest.mark.parametrize("base", ONE_OF_EACH, ids="-".join, indirect=True)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_random_answers_fit_their_schema(form: type[BaseModel], base: Opened) -> None:
     tokenizer, grammars = base
@@ -64,6 +75,7 @@ CHOICES = ["on", "off", "warm", "warm red", "café ☕", 'a "b"\\\n']
 GRAMMAR = 'start: "turn " STATE (" the " NAME)?\nSTATE: "on" | "off"\nNAME: /[a-z]{1,5}/'
 
 
+@pytest.mark.parametrize("base", ONE_OF_EACH, ids="-".join, indirect=True)
 @pytest.mark.parametrize(
     ("spec", "pattern"),
     [

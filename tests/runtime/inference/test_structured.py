@@ -5,8 +5,9 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jsonschema
 import pytest
 from edgetune_runtime import Runtime, UsageError, VerificationError, cli
 from pydantic import BaseModel
@@ -26,9 +27,7 @@ HOT: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.
 
 
 class Command(BaseModel):
-    service: str
-    entities: list[str]
-    brightness: int | None = None
+    service: Literal["turn_on", "turn_off"]
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def test_a_schema_holds_at_any_temperature(opened: Runtime) -> None:
     for seed in range(10):
         answer = opened.generate(f"light {seed}", adapter="one", schema=SCHEMA, seed=seed, **HOT)
         assert answer.stop_reason == "end"
-        assert Command.model_validate(answer.parsed).service in SCHEMA["properties"]["service"]["enum"]
+        jsonschema.validate(answer.parsed, SCHEMA)
 
 
 def test_what_the_schema_forces_takes_no_steps(opened: Runtime) -> None:
@@ -65,16 +64,10 @@ def test_an_answer_that_ended_before_its_first_token_does_not_parse(opened: Runt
 
 
 def test_a_pydantic_model_gives_its_objects(opened: Runtime) -> None:
-    whole = 0
-    for seed in range(32):
-        with opened.session("one") as session:
-            answer = session.send("play", schema=Command, **HOT, seed=seed)
-        if answer.stop_reason == "end":
-            assert isinstance(answer.parsed, Command)
-            whole += 1
-        if whole == 3:
-            break
-    assert whole == 3
+    with opened.session("one") as session:
+        answer = session.send("play", schema=Command, **HOT)
+    assert answer.stop_reason == "end"
+    assert isinstance(answer.parsed, Command)
 
 
 def test_choices_and_patterns_and_grammars_hold(opened: Runtime) -> None:
