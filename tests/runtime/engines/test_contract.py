@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,29 +29,33 @@ CLOSE: dict[type[Engine], float] = {GgufEngine: 0.03, OnnxEngine: 1e-4}
 onnxruntime takes sums in another order (up to 1e-5)."""
 
 
+@contextmanager
+def opened(backend: str, files: dict[str, Path], **options: int) -> Iterator[Engine]:
+    """An engine with the adapters `first`, `second` and `both`."""
+    with closing(ENGINES[backend](files["base"], **{"context_length": CONTEXT, "threads": 1, **options})) as engine:
+        for name in ("first", "second", "both"):
+            engine.load_adapter(name, files[name])
+        yield engine
+
+
 @pytest.fixture
 def open_(files_of: Files) -> Iterator[Open]:
-    """`open_(backend, arch, **options)`: an engine with the adapters `first`, `second` and `both`."""
+    """`open_(backend, arch, **options)`: such an engine."""
     with ExitStack() as stack:
-
-        def make(backend: str, arch: str = "llama", **options: int) -> Engine:
-            files = files_of(backend, arch)
-            made = ENGINES[backend](files["base"], **{"context_length": CONTEXT, "threads": 1, **options})
-            stack.enter_context(closing(made))
-            for name in ("first", "second", "both"):
-                made.load_adapter(name, files[name])
-            return made
-
-        yield make
+        yield lambda backend, arch="llama", **options: stack.enter_context(
+            opened(backend, files_of(backend, arch), **options)
+        )
 
 
 @pytest.fixture(
+    scope="module",
     params=[*((backend, arch) for arch in (*FEW, "gemma4") for backend in ENGINES), *HYBRIDS],
     ids="-".join,
 )
-def engine(request: pytest.FixtureRequest, open_: Open) -> Engine:
-    """Each engine with each architecture."""
-    return open_(*request.param)
+def engine(request: pytest.FixtureRequest, files_of: Files) -> Iterator[Engine]:
+    """Each engine with each architecture. Tests share it, so each begins with an empty sequence."""
+    with opened(request.param[0], files_of(*request.param)) as engine:
+        yield engine
 
 
 @pytest.fixture(params=ENGINES)
@@ -342,12 +346,6 @@ def test_a_token_outside_the_vocabulary_is_refused(llama: Engine, token: int) ->
     with pytest.raises(UsageError, match="vocabulary"):
         llama.decode([5, token])
     llama.decode([5])
-
-
-def test_a_character_of_several_tokens_is_streamed_whole(llama: Engine) -> None:
-    tokens = llama.tokenizer.tokenize("23 °C 🙂 ok", continues=True)
-    assert len(llama.tokenizer.tokenize("🙂", continues=True)) >= 4
-    assert b"".join(map(llama.tokenizer.piece, tokens)).decode() == "23 °C 🙂 ok"
 
 
 def test_an_unknown_adapter_or_scale_is_refused_and_the_active_ones_stay(llama: Engine) -> None:

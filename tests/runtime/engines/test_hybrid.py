@@ -26,8 +26,9 @@ PARTS = [list(range(start, start + 40)) for start in (100, 200, 300)]
 NEXT = list(range(50, 58))
 
 
-@pytest.fixture(params=HYBRIDS, ids="-".join)
+@pytest.fixture(scope="module", params=HYBRIDS, ids="-".join)
 def engine(request: pytest.FixtureRequest, files_of: Callable[[str, str], dict[str, Path]]) -> Iterator[Engine]:
+    """Each engine with each base. Tests share it, so each begins with an empty sequence."""
     base = files_of(*request.param)["base"]
     with closing(ENGINES[request.param[0]](base, context_length=CONTEXT, threads=1)) as opened:
         yield opened

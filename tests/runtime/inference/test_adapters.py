@@ -69,10 +69,11 @@ def file_of(bundle: Path, name: str, engine: str) -> Path:
     return bundle / read_manifest(bundle).adapters[name].files[engine]
 
 
-@pytest.fixture
-def expected(open_: Callable[..., Runtime]) -> list[str]:
+@pytest.fixture(scope="module")
+def expected(engine: str, many: Path) -> list[str]:
     """What each of the six answers in a runtime that has room for all."""
-    texts = answers(open_())
+    with Runtime.open(many, engine=engine, contexts=1, disk_mb=0) as runtime:
+        texts = answers(runtime)
     assert len(set(texts)) > 3
     return texts
 

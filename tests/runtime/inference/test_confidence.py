@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ ROOMS = [f"set heat to warm in the {room} and play" for room in ("hall", "kitche
 SCHEMA = {"type": "object", "properties": {"room": {"enum": ["hall", "kitchen"]}}, "required": ["room"]}
 
 
-@pytest.fixture(params=["gguf", "onnx"])
+@pytest.fixture(scope="module", params=["gguf", "onnx"])
 def opened(request: pytest.FixtureRequest, sure_bundle: Path) -> Iterator[Runtime]:
     with Runtime.open(sure_bundle, engine=request.param, disk_mb=0) as runtime:
         yield runtime
@@ -159,14 +158,13 @@ def test_an_incomplete_answer_has_no_confidence(opened: Runtime) -> None:
 
 
 @pytest.fixture
-def formed(sure_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Runtime]]:
+def formed(sure_home: Path) -> Iterator[Callable[..., Runtime]]:
     """`formed(output)`: a runtime whose adapter `command` has curves for answers of this form."""
     with ExitStack() as stack:
 
         def opened(**output: Any) -> Runtime:  # noqa: ANN401 - as in a manifest
-            bundle = Path(shutil.copytree(sure_bundle, tmp_path / "formed"))
-            change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(output=output))
-            return stack.enter_context(Runtime.open(bundle, disk_mb=0))
+            change_manifest(sure_home, lambda raw: raw["adapters"]["command"].update(output=output))
+            return stack.enter_context(Runtime.open(sure_home, disk_mb=0))
 
         yield opened
 
@@ -244,12 +242,11 @@ def test_the_commands_print_it(sure_bundle: Path, opened: Runtime, capsys: pytes
 
 
 @pytest.mark.parametrize("values", [{"slope": math.inf}, {"rows": -2, "right": 1.0}, {"rows": 10**400}, {"right": 1.5}])
-def test_an_impossible_curve_is_refused(values: dict[str, float], sure_bundle: Path, tmp_path: Path) -> None:
-    bundle = shutil.copytree(sure_bundle, tmp_path / "home")
-    assert read_manifest(bundle).adapter("tone").confidence["onnx"]["label"] == LABEL_CURVE
-    change_manifest(bundle, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(values))
+def test_an_impossible_curve_is_refused(values: dict[str, float], sure_home: Path) -> None:
+    assert read_manifest(sure_home).adapter("tone").confidence["onnx"]["label"] == LABEL_CURVE
+    change_manifest(sure_home, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(values))
     with pytest.raises(VerificationError, match="'tone' has an impossible confidence curve"):
-        read_manifest(bundle)
+        read_manifest(sure_home)
 
 
 @pytest.mark.parametrize(

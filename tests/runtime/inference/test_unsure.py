@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +21,13 @@ SURE, UNSURE = 1e-9, 1 - 1e-9
 QUESTION = "Which room do you mean?"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def opened(sure_bundle: Path) -> Iterator[Runtime]:
     with Runtime.open(sure_bundle, disk_mb=0) as runtime:
         yield runtime
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ends(opened: Runtime) -> dict[str, Any]:
     """Options with which the answer of `command` ends, of a model that would go on: its first words stop it."""
     text = opened.generate(PROMPT, adapter="command", max_tokens=8).text
@@ -141,23 +140,19 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str, opened
         opened.generate(PROMPT, **{"adapter": "command", **options})
 
 
-def ruled(bundle: Path, home: Path, **rule: Any) -> Path:  # noqa: ANN401 - of a manifest
-    """A copy of the bundle whose manifest has a rule for `command` and `tone`."""
-    copy = Path(shutil.copytree(bundle, home))
+def add_rule(bundle: Path, **rule: Any) -> None:  # noqa: ANN401 - of a manifest
+    """Give `command` and `tone` a rule."""
 
     def change(raw: dict[str, Any]) -> None:
         for name in ("command", "tone"):
             raw["adapters"][name]["unsure"] = rule
 
-    change_manifest(copy, change)
-    return copy
+    change_manifest(bundle, change)
 
 
-def test_the_rule_of_the_bundle_applies_where_a_call_has_none(
-    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
-) -> None:
-    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="ask", question=QUESTION)
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+def test_the_rule_of_the_bundle_applies_where_a_call_has_none(sure_home: Path, ends: dict[str, Any]) -> None:
+    add_rule(sure_home, min_confidence=UNSURE, then="ask", question=QUESTION)
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         assert runtime.generate(PROMPT, adapter="command", **ends).text == QUESTION
         assert runtime.generate(PROMPT, adapter="command", unsure="ask", **ends).text == QUESTION
         other = runtime.generate(PROMPT, adapter="command", unsure="tone", **ends)
@@ -172,20 +167,18 @@ def test_the_rule_of_the_bundle_applies_where_a_call_has_none(
         assert not runtime.classify(PROMPT, ["red", "green"], adapter="tone").is_unsure
 
 
-def test_a_rule_to_defer_marks_where_there_is_no_address(
-    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
-) -> None:
-    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="defer")
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+def test_a_rule_to_defer_marks_where_there_is_no_address(sure_home: Path, ends: dict[str, Any]) -> None:
+    add_rule(sure_home, min_confidence=UNSURE, then="defer")
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         answer = runtime.generate(PROMPT, adapter="command", **ends)
         assert (answer.is_unsure, answer.instead) == (True, None)
 
 
 def test_a_rule_whose_adapter_was_removed_marks_with_a_warning(
-    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sure_home: Path, ends: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="tone")
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+    add_rule(sure_home, min_confidence=UNSURE, then="tone")
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         runtime.remove_adapter("tone")
         pieces = list(runtime.stream(PROMPT, adapter="command", **ends))
         answer = runtime.generate(PROMPT, adapter="command", **ends)
@@ -195,11 +188,11 @@ def test_a_rule_whose_adapter_was_removed_marks_with_a_warning(
 
 @pytest.mark.parametrize("options", [{}, {"unsure": "tone"}])
 def test_an_adapter_that_is_being_replaced_is_waited_for(
-    options: dict[str, Any], sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], sure_home: Path, ends: dict[str, Any]
 ) -> None:
-    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="tone")
-    with Runtime.open(bundle, disk_mb=0) as runtime, ThreadPoolExecutor(1) as threads:
-        loaded, new = loaded_bundle(runtime), chosen_adapter(runtime.manifest, bundle, "tone")
+    add_rule(sure_home, min_confidence=UNSURE, then="tone")
+    with Runtime.open(sure_home, disk_mb=0) as runtime, ThreadPoolExecutor(1) as threads:
+        loaded, new = loaded_bundle(runtime), chosen_adapter(runtime.manifest, sure_home, "tone")
         with loaded.replaced.replacing("tone"):
             loaded.drop("tone")
             answering = threads.submit(runtime.generate, PROMPT, adapter="command", **options, **ends)
@@ -209,40 +202,37 @@ def test_an_adapter_that_is_being_replaced_is_waited_for(
 
 
 def test_one_that_cannot_answer_in_its_place_leaves_the_marked_answer(
-    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sure_home: Path, ends: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
-    change_manifest(bundle, lambda raw: raw["adapters"]["tone"].update(system="long " * 2000))
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+    change_manifest(sure_home, lambda raw: raw["adapters"]["tone"].update(system="long " * 2000))
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         own = runtime.generate(PROMPT, adapter="command", **ends)
         answer = runtime.generate(PROMPT, adapter="command", min_confidence=UNSURE, unsure="tone", **ends)
     assert (answer.text, answer.is_unsure, answer.instead) == (own.text, True, None)
     assert "kept an unsure answer: the prompt has" in caplog.text
 
 
-def test_tools_in_place_of_an_own_constraint_have_no_confidence(sure_bundle: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+def test_tools_in_place_of_an_own_constraint_have_no_confidence(sure_bundle: Path, sure_home: Path) -> None:
     output = {"choices": ["on", "off"]}
-    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(output=output))
+    change_manifest(sure_home, lambda raw: raw["adapters"]["command"].update(output=output))
     tools = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}]
-    for path, confident in ((sure_bundle, True), (bundle, False)):
+    for path, confident in ((sure_bundle, True), (sure_home, False)):
         with Runtime.open(path, disk_mb=0, context_length=512) as runtime:
             called = {"tools": tools, "tool_choice": "required", "max_tokens": 60}
             answer = runtime.generate(PROMPT, adapter="command", **called)
             assert (len(answer.tool_calls), answer.confidence is not None) == (1, confident)
 
 
-def test_no_text_is_no_label_and_none_that_is_out_of_scope(sure_bundle: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+def test_no_text_is_no_label_and_none_that_is_out_of_scope(sure_home: Path) -> None:
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         first = runtime.generate(PROMPT, adapter="tone", max_tokens=8).text[0]
 
     def certain(raw: dict[str, Any]) -> None:
         curves = raw["adapters"]["tone"]["confidence"]["gguf"]
         curves["nothing"] = next(iter(curves.values()))
 
-    change_manifest(bundle, certain)
-    with Runtime.open(bundle, engine="gguf", disk_mb=0) as runtime:
+    change_manifest(sure_home, certain)
+    with Runtime.open(sure_home, engine="gguf", disk_mb=0) as runtime:
         answer = runtime.generate(PROMPT, adapter="tone", stop=first, max_tokens=8)
         assert (answer.text, answer.kind, answer.confidence) == ("", "nothing", None)
 
@@ -267,12 +257,9 @@ def test_a_session_goes_on_with_what_answered(rule: dict[str, Any], opened: Runt
     assert again.text == fresh.text
 
 
-def test_a_prompt_of_none_of_the_tasks_needs_no_confidence(
-    sure_bundle: Path, tmp_path: Path, ends: dict[str, Any]
-) -> None:
-    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
-    add_router(bundle, {GENERATE: {"command": "lamp", "tone": "music"}})
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+def test_a_prompt_of_none_of_the_tasks_needs_no_confidence(sure_home: Path, ends: dict[str, Any]) -> None:
+    add_router(sure_home, {GENERATE: {"command": "lamp", "tone": "music"}})
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         assert not runtime.generate("who is there", adapter="auto", min_confidence=0.5, **ends).is_unsure
         assert runtime.generate("the lamp", adapter="auto", min_confidence=UNSURE, **ends).is_unsure
         own = runtime.generate("the lamp", adapter="auto", min_confidence=UNSURE, unsure="command", **ends)
@@ -281,13 +268,12 @@ def test_a_prompt_of_none_of_the_tasks_needs_no_confidence(
         assert not runtime.generate("the lamp", adapter="auto", unsure="base", **ends).is_unsure
 
 
-def test_a_routed_answer_without_a_confidence_is_unsure(sure_bundle: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+def test_a_routed_answer_without_a_confidence_is_unsure(sure_home: Path) -> None:
     words = {"command": "lamp", "tone": "music"}
-    add_router(bundle, {GENERATE: words, CLASSIFY: words})
-    change_manifest(bundle, lambda raw: raw["adapters"]["tone"].pop("confidence"))
+    add_router(sure_home, {GENERATE: words, CLASSIFY: words})
+    change_manifest(sure_home, lambda raw: raw["adapters"]["tone"].pop("confidence"))
     auto: dict[str, Any] = {"adapter": "auto", "min_confidence": SURE}
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         answer = runtime.generate("music", max_tokens=4, **auto)
         assert (answer.confidence, answer.is_unsure, answer.instead) == (None, True, None)
         assert runtime.generate("music", max_tokens=4, ask=QUESTION, **auto).text == QUESTION
@@ -298,11 +284,11 @@ def test_a_routed_answer_without_a_confidence_is_unsure(sure_bundle: Path, tmp_p
 
 
 @pytest.mark.parametrize("prompt", ["the lamp", "who is there"])
-def test_a_wrong_min_confidence_is_refused_for_any_prompt(prompt: str, sure_bundle: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
-    add_router(bundle, {GENERATE: {"command": "lamp", "tone": "music"}, CLASSIFY: {"command": "lamp", "tone": "music"}})
+def test_a_wrong_min_confidence_is_refused_for_any_prompt(prompt: str, sure_home: Path) -> None:
+    words = {"command": "lamp", "tone": "music"}
+    add_router(sure_home, {GENERATE: words, CLASSIFY: words})
     wrong: dict[str, Any] = {"adapter": "auto", "min_confidence": 7}
-    with Runtime.open(bundle, disk_mb=0) as runtime:
+    with Runtime.open(sure_home, disk_mb=0) as runtime:
         with pytest.raises(UsageError, match="min_confidence is 7; give a number from 0 to 1"):
             runtime.generate(prompt, **wrong)
         with pytest.raises(UsageError, match="min_confidence is 7; give a number from 0 to 1"):

@@ -116,9 +116,12 @@ def test_a_closed_runtime_answers_with_no_adapter(
     runtime = open_()
     runtime.generate(PROMPT, adapter="whole", max_tokens=1)
     stream, session = runtime.stream(PROMPT, adapter=adapter), runtime.session(adapter)
+    begun = runtime.stream(PROMPT, adapter=adapter, max_tokens=20)
+    next(begun)
     runtime.close()
     calls: list[Callable[[], object]] = [
         stream.read,
+        begun.read,
         lambda: session.send(PROMPT),
         lambda: session.save(tmp_path / "session"),
         lambda: runtime.generate(PROMPT, adapter=adapter),

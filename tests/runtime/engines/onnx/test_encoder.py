@@ -34,7 +34,7 @@ def bundle(encoder_bundle: Path) -> Path:
     return encoder_bundle
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runtime(bundle: Path) -> Iterator[Runtime]:
     with Runtime.open(bundle, preload="all") as opened:
         yield opened
