@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from edgetune_runtime import Runtime, __version__
 from edgetune_runtime.bundle import ERROR, STATES_FOLDER, ConfidenceCurve, UnsureRule, read_manifest
 from edgetune_runtime.cli import machine
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.sizing import bench
 from runtime.bundles import change_manifest, write_manifest
 from runtime.conftest import LABELS, Run
 
@@ -55,14 +55,13 @@ def test_info_shows_how_the_bundle_would_be_opened(run: Run, bundle: Path) -> No
     assert (code, err) == (5, "edgetune-run: the base has no file for engine 'onnx'; use one of: gguf\n")
 
 
-def test_nothing_in_a_manifest_controls_the_terminal(run: Run, bundle: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+def test_nothing_in_a_manifest_controls_the_terminal(run: Run, home: Path) -> None:
     escapes = {"quantization": "\x1b[2J", "values_by_type": {"gguf": {"\x1b]0;title\x07": 1}}}
-    change_manifest(copy, lambda raw: raw["base"].update(escapes))
-    code, out, err = run("info", copy)
+    change_manifest(home, lambda raw: raw["base"].update(escapes))
+    code, out, err = run("info", home)
     assert (code, err) == (0, "") and all(line.isprintable() for line in out.splitlines())
-    change_manifest(copy, lambda raw: raw.update(name="\x1b[2J"))
-    code, out, err = run("info", copy)
+    change_manifest(home, lambda raw: raw.update(name="\x1b[2J"))
+    code, out, err = run("info", home)
     assert (code, out) == (4, "") and err.removesuffix("\n").isprintable()
 
 
@@ -79,7 +78,8 @@ def test_a_damaged_state_is_a_warning_and_debug_shows_the_log(
     assert run(*options, *folder) == (0, out, f"edgetune-run: WARNING: {text}\n")
     code, again, err = run(*options, *folder, "--debug")
     assert (code, again) == (0, out)
-    assert "edgetune-run: INFO: opened " in err and "edgetune-run: DEBUG: hit: " in err
+    assert "edgetune-run: INFO: opened " in err
+    assert re.search("^edgetune-run: DEBUG: hit: .* from disk$", err, re.MULTILINE)
 
 
 def test_generate_writes_the_answer_and_nothing_else(run: Run, bundle: Path, runtime: Runtime) -> None:
@@ -134,8 +134,7 @@ def test_warm_fails_without_a_cache_folder(run: Run, bundle: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_home")
-def test_warm_needs_no_cache_folder_for_states_that_the_bundle_ships(run: Run, bundle: Path, tmp_path: Path) -> None:
-    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+def test_warm_needs_no_cache_folder_for_states_that_the_bundle_ships(run: Run, home: Path) -> None:
     told = json.loads(run("warm", home, "--cache-folder", home / STATES_FOLDER, "--json")[1])
     manifest = read_manifest(home)
     write_manifest(home, manifest.base, manifest.adapters)
@@ -267,14 +266,14 @@ def test_chat_with_adapters_that_cannot_be_used_reads_no_line(
 
 
 def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(
-    run: Run, both_of: Callable[[str], Path], tmp_path: Path
+    run: Run, home_of_both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bench, "STARTS", 1)
     # A rule that would end the measurement, if it applied.
     curves = {"gguf": {"value": asdict(ConfidenceCurve(3, 1.0))}}
     rule = {"confidence": curves, "unsure": asdict(UnsureRule(1.0, ERROR))}
-    bundle = shutil.copytree(both_of("llama"), tmp_path / "home")
-    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(rule))
-    code, out, err = run("bench", bundle, "--json")
+    change_manifest(home_of_both, lambda raw: raw["adapters"]["command"].update(rule))
+    code, out, err = run("bench", home_of_both, "--json")
     told = json.loads(out)
     assert (code, set(told)) == (
         0,
@@ -294,7 +293,7 @@ def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(
     assert set(told["decode_tokens_per_s"]["adapters"]) == {"command", "tone", "whole"}
     assert min(told["answer_ms"].values()) > 0
     assert set(told["tokens_per_step"]) == {"command", "tone", "whole"}
-    files = (bundle / "adapters").rglob("*.gguf")
+    files = (home_of_both / "adapters").rglob("*.gguf")
     assert told["adapter_mb"] == pytest.approx(sum(path.stat().st_size for path in files) / 1e6)
     assert told["rss_mb"] > 10
     assert "switching 1200 times" in err
@@ -304,9 +303,8 @@ def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(
     assert all(float(value) >= 0 for value in figures.values())
 
 
-def test_each_error_is_one_line_with_its_exit_code(run: Run, bundle: Path, tmp_path: Path) -> None:
-    damaged = shutil.copytree(bundle, tmp_path / "damaged")
-    (damaged / "base/model.gguf").write_bytes(b"GGUF")
+def test_each_error_is_one_line_with_its_exit_code(run: Run, bundle: Path, home: Path, tmp_path: Path) -> None:
+    (home / "base/model.gguf").write_bytes(b"GGUF")
     prompt = ("--prompt", PROMPT)
     cases = [
         (2, ("generate", bundle)),
@@ -322,8 +320,8 @@ def test_each_error_is_one_line_with_its_exit_code(run: Run, bundle: Path, tmp_p
         (2, ("check", bundle, "--adapter", "1")),
         (3, ("generate", bundle, *prompt, "--adapter", "tome")),
         (3, ("info", tmp_path / "none")),
-        (4, ("generate", damaged, *prompt)),
-        (4, ("info", damaged, "--verify")),
+        (4, ("generate", home, *prompt)),
+        (4, ("info", home, "--verify")),
         (5, ("generate", bundle, *prompt, "--adapter", "whole=0.5")),
     ]
     for expected, arguments in cases:
@@ -408,18 +406,11 @@ def test_an_engine_that_is_installed_is_named_where_another_is_not(both_of: Call
     command = [sys.executable, "-c", probe, "generate", str(both_of("llama")), "--prompt", "play"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.endswith("under macOS), or use engine onnx\n")) == (5, True)
+    for remedy in ('pip install "edgetune-runtime[gguf]"', "apt install g++", "xcode-select --install"):
+        assert remedy in done.stderr
 
 
-def test_doctor_reports_the_machine_and_its_problems(run: Run, bundle: Path) -> None:
-    code, out, err = run("doctor", bundle, "--json")
-    found = json.loads(out)
-    assert (code, err) == (0, "")
-    assert 1 <= found["bundle"]["threads"] <= found["cores"]["usable"]
-    assert found["libraries"]["edgetune-runtime"] == __version__
-    assert isinstance(found["problems"], list)
-    # Every build of llama.cpp on x86-64 and ARM that can run a model has repacking code.
-    assert "REPACK" in found["llama_cpp"]["features"]
-    assert found["llama_cpp"]["variant"]
+def test_doctor_reports_the_machine(run: Run) -> None:
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     assert out.splitlines()[0].startswith("processor\t")
@@ -434,10 +425,18 @@ def test_doctor_tries_a_bundle_and_keeps_what_it_measures(run: Run, bundle: Path
     assert found["bundle"]["measured_tokens_per_s"]["decode"] > 0
     assert found["bundle"]["predicted_from"] == "the memory bandwidth measured here"
     assert found["bundle"]["memory_mb"]["needed"] > found["bundle"]["memory_mb"]["base weights"]
+    assert found["libraries"]["edgetune-runtime"] == __version__
     assert found["libraries"].keys() >= {"llama-cpp-python", "onnxruntime"}
+    assert isinstance(found["problems"], list)
+    # Every build of llama.cpp on x86-64 and ARM that can run a model has repacking code.
+    assert "REPACK" in found["llama_cpp"]["features"]
+    assert found["llama_cpp"]["variant"]
     [figures] = json.loads(file.read_text())["engines"]["gguf"].values()
     assert all(value > 0 for value in figures.values())
-    again = json.loads(run("doctor", bundle, "--calibration", file, "--threads", 1, "--json")[1])
+    code, out, err = run("doctor", bundle, "--calibration", file, "--json")
+    again = json.loads(out)
+    assert (code, err) == (0, "")
+    assert 1 <= again["bundle"]["threads"] <= again["cores"]["usable"]
     assert re.fullmatch(r"the figures given, of \w+ weights", again["bundle"]["predicted_from"])
 
 
@@ -449,12 +448,10 @@ def test_doctor_calibrates_nothing_that_is_refused(run: Run, bundle: Path, tmp_p
     assert (code, err) == (2, f"edgetune-run: cannot write {tmp_path}; give a file in a folder that you may write to\n")
 
 
-def test_doctor_reports_what_opening_would_refuse(run: Run, bundle: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "bundle"
-    shutil.copytree(bundle, broken)
-    with next((broken / "base").glob("*.gguf")).open("r+b") as file:
+def test_doctor_reports_what_opening_would_refuse(run: Run, home: Path) -> None:
+    with next((home / "base").glob("*.gguf")).open("r+b") as file:
         file.write(b"GONE")
-    code, out, _ = run("doctor", broken, "--json")
+    code, out, _ = run("doctor", home, "--json")
     found = json.loads(out)
     assert code == 0
     assert any(problem.startswith("refused: ") for problem in found["problems"])

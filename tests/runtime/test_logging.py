@@ -65,23 +65,6 @@ def test_opening_and_warming_are_info_and_calls_are_debug(
     assert logged(WARNING) == logged(ERROR) == []
 
 
-def test_a_state_on_the_disk_is_a_hit_and_a_damaged_one_a_warning(
-    prompted_of: Callable[[str], Path], tmp_path: Path, logged: Callable[..., list[str]]
-) -> None:
-    def answer() -> None:
-        with Runtime.open(prompted_of("llama"), cache_folder=tmp_path) as runtime:
-            runtime.generate(PROMPT, adapter="one", max_tokens=1)
-
-    answer()
-    answer()
-    assert any(message.endswith("from disk") for message in logged(DEBUG))
-    (state,) = tmp_path.glob("*.kv")
-    state.write_bytes(state.read_bytes()[:-1])
-    assert logged(WARNING) == []
-    answer()
-    assert logged(WARNING) == [f"dropped a saved state that is damaged or does not match its file name: {state}"]
-
-
 def test_evictions_are_debug(prompted_of: Callable[[str], Path], logged: Callable[..., list[str]]) -> None:
     with Runtime.open(prompted_of("llama"), disk_mb=0) as runtime:
         runtime.generate(PROMPT, adapter="one", max_tokens=1)
@@ -90,18 +73,6 @@ def test_evictions_are_debug(prompted_of: Callable[[str], Path], logged: Callabl
         for adapter in ("one", "two", "one", "two"):
             runtime.generate(PROMPT, adapter=adapter, max_tokens=1)
     assert any(message.startswith("evicted a state of ") for message in logged(DEBUG))
-
-
-def test_a_session_saved_by_another_engine_loses_its_state_with_a_warning(
-    prompted_of: Callable[[str], Path], tmp_path: Path, logged: Callable[..., list[str]]
-) -> None:
-    path = tmp_path / "talk.kv"
-    with Runtime.open(prompted_of("llama"), engine="gguf", disk_mb=0) as runtime, runtime.session("one") as session:
-        session.send(PROMPT, max_tokens=2)
-        session.save(path)
-    with Runtime.open(prompted_of("llama"), engine="onnx", disk_mb=0) as runtime:
-        runtime.load_session(path)
-    assert logged(WARNING) == [f"dropped the state in {path}: it was made with other files or another engine"]
 
 
 def test_more_threads_than_cores_are_a_warning(

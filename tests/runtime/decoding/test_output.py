@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any, Literal
 
 import pytest
@@ -189,21 +187,3 @@ def test_digests_of_constraints_differ_and_are_stable() -> None:
 def test_an_invalid_constraint_in_a_manifest_is_refused(stored: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         OutputSpec.from_json(stored)
-
-
-WITHOUT = """
-import sys
-sys.modules["llguidance"] = None
-from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.decoding.output import OutputSpec, output_of
-assert OutputSpec.from_json({"regex": "a"}).parse("a") == "a"
-try:
-    output_of(choices=["a"])
-except IncompatibleError as error:
-    print(error)
-"""
-
-
-def test_without_llguidance_the_error_says_what_to_install() -> None:
-    told = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True).stdout
-    assert 'pip install "edgetune-runtime[structured]"' in told

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import subprocess
 import sys
@@ -105,16 +104,6 @@ def test_a_with_block_ends_its_stream_and_frees_its_context(bundle: Path) -> Non
             next(stream)
         assert list(stream) == [] and stream.answer is None
         assert runtime.generate("play", max_tokens=1).tokens == 1
-
-
-def test_small_results_have_names_and_unpack(bundle: Path) -> None:
-    with edgetune_runtime.Runtime.open(bundle, disk_mb=0) as runtime:
-        found = runtime.classify("play", ["red", "green"])
-        label, probabilities = found
-        assert (found.label, found.probabilities) == (label, probabilities)
-        loss = runtime.negative_log_likelihood("turn on the light")
-        nats, tokens = loss
-        assert runtime.perplexity("turn on the light") == pytest.approx(math.exp(nats / tokens))
 
 
 def public(thing: object) -> set[str]:

@@ -169,7 +169,7 @@ def test_a_saved_session_continues_in_another_process(runtime: Runtime, tmp_path
 
 
 def test_a_session_continues_in_the_other_engine_without_its_state(
-    prompted_of: Callable[[str], Path], tmp_path: Path
+    prompted_of: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bundle = prompted_of("llama")
     with Runtime.open(bundle, engine="gguf", disk_mb=0) as runtime, runtime.session("two") as session:
@@ -177,6 +177,8 @@ def test_a_session_continues_in_the_other_engine_without_its_state(
         session.save(tmp_path / "saved")
     with Runtime.open(bundle, engine="onnx", disk_mb=0) as runtime:
         again = runtime.load_session(tmp_path / "saved")
+        told = f"dropped the state in {tmp_path / 'saved'}: it was made with other files or another engine"
+        assert told in caplog.text
         assert again.history == session.history
         assert again.send(MESSAGES[1], max_tokens=4).timings.reused_tokens == 0
 

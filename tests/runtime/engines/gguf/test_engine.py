@@ -112,19 +112,6 @@ def test_bos_is_added_once_where_the_vocabulary_wants_it(tiny_gguf: Gguf, tmp_pa
     assert once[0] not in tokenizer.tokenize("lamp", continues=True)
 
 
-WITHOUT_LLAMA = """
-import sys
-from pathlib import Path
-sys.modules["llama_cpp"] = None
-from edgetune_runtime import IncompatibleError
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-try:
-    GgufTokenizer(Path(sys.argv[1]))
-except IncompatibleError as error:
-    print(error)
-"""
-
-
 def test_an_interrupt_while_labels_are_scored_leaves_no_branches(
     tiny_gguf: Gguf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,11 +153,3 @@ engine = GgufEngine(Path(sys.argv[1]), context_length=64, threads=1)
 def test_an_engine_that_is_not_closed_computes_until_the_process_ends(tiny_gguf: Gguf) -> None:
     command = [sys.executable, "-c", AT_EXIT, str(tiny_gguf("llama"))]
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) > 0
-
-
-def test_without_llama_cpp_the_error_says_what_to_install(tiny_gguf: Gguf) -> None:
-    command = [sys.executable, "-c", WITHOUT_LLAMA, str(tiny_gguf("llama"))]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert 'pip install "edgetune-runtime[gguf]"' in told
-    assert "apt install g++" in told
-    assert "xcode-select --install" in told

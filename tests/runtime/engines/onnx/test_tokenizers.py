@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,21 +68,3 @@ def test_flipped_bits_end_in_an_error_or_a_tokenizer(folder: Path) -> None:
             except VerificationError:
                 pass
         path.write_bytes(whole)
-
-
-WITHOUT_TOKENIZERS = """
-import sys
-from pathlib import Path
-sys.modules["tokenizers"] = None
-from edgetune_runtime import IncompatibleError
-from edgetune_runtime.engines.onnx.tokenizers import JsonTokenizer
-try:
-    JsonTokenizer(Path("."), [])
-except IncompatibleError as error:
-    print(error)
-"""
-
-
-def test_without_tokenizers_the_error_says_what_to_install() -> None:
-    told = subprocess.run([sys.executable, "-c", WITHOUT_TOKENIZERS], capture_output=True, text=True, check=True).stdout
-    assert 'pip install "edgetune-runtime[onnx]"' in told
