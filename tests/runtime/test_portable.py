@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 ANSWERS = """
 import sys
 sys.modules.update(dict.fromkeys(("fcntl", "resource", "termios", "pwd", "grp")))
@@ -21,13 +19,13 @@ for module in walk_packages(edgetune_runtime.__path__, "edgetune_runtime."):
 from edgetune_runtime.threads.machine import peak_mb
 # Linux tells it without the module resource.
 assert peak_mb() > 0 if sys.platform == "linux" else peak_mb() is None
-with edgetune_runtime.Runtime.open(sys.argv[1], engine=sys.argv[2], disk_mb=0) as runtime:
-    print(runtime.generate("play", adapter="command", max_tokens=2).tokens)
+for engine in ("gguf", "onnx"):
+    with edgetune_runtime.Runtime.open(sys.argv[1], engine=engine, disk_mb=0) as runtime:
+        print(runtime.generate("play", adapter="command", max_tokens=2).tokens)
 """
 
 
-@pytest.mark.parametrize("engine", ["gguf", "onnx"])
-def test_the_runtime_answers_without_modules_of_unix(engine: str, both_of: Callable[[str], Path]) -> None:
-    command = [sys.executable, "-c", ANSWERS, str(both_of("llama")), engine]
+def test_the_runtime_answers_without_modules_of_unix(both_of: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-c", ANSWERS, str(both_of("llama"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "2\n2\n"), done.stderr

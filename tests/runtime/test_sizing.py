@@ -11,6 +11,7 @@ from edgetune_export.backends.base import Source
 from edgetune_runtime import Runtime, engines
 from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.sizing import calibration
 from edgetune_runtime.sizing.bundle_check import check_bundle
 from edgetune_runtime.sizing.calibration import (
     Calibration,
@@ -129,6 +130,13 @@ def test_adapters_that_are_mapped_can_be_dropped_up_to_the_one_in_use(both: Path
     assert needed_mb(copied, repacks=()) == needed_mb(mapped, repacks=())
 
 
+@pytest.fixture
+def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bandwidth that needs no measurement, which takes half a second."""
+    monkeypatch.setattr(calibration, "read_bandwidth", lambda threads: FIGURES.bandwidth_gb_per_s)
+
+
+@pytest.mark.usefixtures("known_bandwidth")
 @pytest.mark.parametrize("adapter_decode", [80.0, 120.0])
 def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: float) -> None:
     needs = replace(needs_of_bundle(both), adapters={"one": AdapterSize(20_000, modules=14)})
@@ -141,6 +149,7 @@ def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: f
     assert 1 / with_adapter == pytest.approx(min(adapter_decode, 100.0), rel=0.05)
 
 
+@pytest.mark.usefixtures("known_bandwidth")
 @pytest.mark.parametrize("long_decode", [50.0, 99.0, 110.0])
 def test_two_contexts_show_what_attention_costs(both: Path, long_decode: float) -> None:
     needs = needs_of_bundle(both)
@@ -209,8 +218,8 @@ def test_raw_measurements_are_those_of_a_computer() -> None:
 
 def test_the_check_of_a_bundle_reports_prediction_and_measurement(both: Path) -> None:
     needs = needs_of_bundle(both)
-    calibration = Calibration(FIGURES, needs.weights)
-    check = check_bundle(lambda: Runtime.open(both, disk_mb=0, threads=1), needs, calibration=calibration, repacks=())
+    given = Calibration(FIGURES, needs.weights)
+    check = check_bundle(lambda: Runtime.open(both, disk_mb=0, threads=1), needs, calibration=given, repacks=())
     assert check.figures is not None and check.problems == []
     assert check.report["predicted_tokens_per_s"].keys() == check.report["measured_tokens_per_s"].keys()
     assert check.report["measured_tokens_per_s"]["decode"] > 0
