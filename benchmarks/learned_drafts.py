@@ -14,12 +14,10 @@ from benchmarks.harness.benchmark import Benchmark, Result
 from benchmarks.harness.tables import markdown, progress
 
 import argparse
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.limits import CallLimits
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PrefillResult, PromptJob
+from edgetune_runtime.serving.pool import Pool
 
 from benchmarks.household import Household
 
@@ -41,40 +40,26 @@ MOST_TOKENS = 60
 TABLE, PAST, KNOWN = "table", "past answers", "every prompt known"
 
 
-@dataclass
-class Replay:
-    """Stands for a pool and its context: gives the logits of an answer that is known, and adds up the cost of steps."""
+class Replay(Context):
+    """A context that gives the logits of an answer that is known, and adds up the cost of steps."""
 
-    context: Context
-    answer: list[int]
-    cost: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    is_slow: bool = False
+    def __init__(self, context: Context, answer: Sequence[int]) -> None:
+        super().__init__(context.engine, context.shared)
+        self.cost = 0.0
+        self._answer, self._known = answer, list[int]()
 
-    def __post_init__(self) -> None:
-        self.batch_cost, self.max_tokens = self.context.batch_cost, self.context.max_tokens
-        self.engine = SimpleNamespace(tokenizer=self.context.engine.tokenizer)
-
-    @contextmanager
-    def lease(self, job: PromptJob) -> Iterator[Replay]:
-        self._known, self.tokens = [*job.tokens, *self.answer], list(job.tokens)
-        yield self
-
-    def run(self, _job: PromptJob) -> PrefillResult:
+    def run(self, job: PromptJob) -> PrefillResult:
+        self._known, self.tokens = [*job.tokens, *self._answer], list(job.tokens)
         return PrefillResult(self._rows(1)[0], 0, 0.0)
 
-    def extend(self, tokens: list[int], *, last: int) -> Logits:
-        self.cost += self.batch_cost.of(len(tokens), last - 1)
+    def extend(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        count = len(tokens) if last is None else last
+        self.cost += self.batch_cost.of(len(tokens), count - 1)
         self.tokens += tokens
-        return self._rows(last)
+        return self._rows(count)
 
     def truncate(self, count: int) -> None:
         del self.tokens[count:]
-
-    def suspend(self) -> None:
-        pass
-
-    resume = suspend
 
     def _rows(self, count: int) -> Logits:
         """After each of the last tokens, that of the answer; after its end and where a draft was wrong, any."""
@@ -112,7 +97,7 @@ def measure(options: argparse.Namespace, engine: str) -> Iterator[dict[str, Any]
     with plain, learning, knowing:
         runtimes = {TABLE: plain, PAST: learning, KNOWN: knowing}
         for day in range(1, options.days + 1):
-            costs, answers, again = Counter[str](), 0, 0
+            costs, answers, again = defaultdict[str, float](float), 0, 0
             for adapter, prompt in household.day(answer):
                 again += (adapter, prompt) in texts
                 answers += 1
@@ -143,7 +128,7 @@ def replayed(call: Call, answer: list[int], text: str) -> float:
     """Go through the steps of an answer; the cost of all of them."""
     replay, outcome = Replay(call.pool.first, answer), Outcome()
     limits = CallLimits(None, None)
-    for _ in generate(replace(call, pool=replay), outcome, limits, max_tokens=MOST_TOKENS):
+    for _ in generate(replace(call, pool=Pool(replay)), outcome, limits, max_tokens=MOST_TOKENS):
         pass
     assert outcome.answer is not None
     assert outcome.answer.text == text, "decoding gives another answer"
