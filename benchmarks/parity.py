@@ -31,6 +31,7 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
 
 from edgetune import bases, methods
 from edgetune.methods.common.peft import module_weight
+from edgetune.methods.lora import LoraOptions
 from edgetune.shipping.verify import logits_of
 
 QUANTIZATIONS = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
@@ -74,7 +75,7 @@ def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: P
     lora = methods.load("lora")
     with closing(GgufEngine(base.path, context_length=ROW_TOKENS)) as engine:
         comparisons: dict[str, Any] = {"plain": compare(logits_of(model), engine, rows)}
-        peft = lora.attach(model, lora.options(r=16, lora_alpha=32), 1)
+        peft = lora.attach(model, LoraOptions(r=16, lora_alpha=32), 1)
         torch.manual_seed(0)
         with torch.no_grad():
             for name, parameter in peft.named_parameters():

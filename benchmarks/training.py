@@ -55,8 +55,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = resolve_base(options.base, work=Path(folder))
         examples = _examples(options.data, options.rows, base.path)
-        plain = "bf16" if "bf16" in options.precision else "fp32"
-        trial = SpeedTrial(base, tuple(examples), options.device, plain)
+        trial = SpeedTrial(
+            base, tuple(examples), options.device, precision="bf16" if "bf16" in options.precision else "fp32"
+        )
         trials = {name: (name, trial) for name in options.only if name != "edgetune"}
         if "edgetune" in options.only:
             own = {f"edgetune_{each}": ("edgetune", replace(trial, precision=each)) for each in options.precision}

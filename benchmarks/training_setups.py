@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgetune_runtime.wording import shortened
 
@@ -32,7 +32,7 @@ class SpeedTrial:
     base: Base
     examples: tuple[Example, ...]
     device: str
-    precision: str
+    precision: Literal["bf16", "fp32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ def train_with_edgetune(trial: SpeedTrial) -> SpeedRun:
     """One epoch, with a validation on one row at the end."""
     from edgetune import bases, methods
     from edgetune.common.progress import Progress
+    from edgetune.methods.lora import LoraOptions
     from edgetune.recipe.training import TrainingSpec
     from edgetune.training.hardware import DTYPES, use_device
     from edgetune.training.job import TrainingJob
     from edgetune.training.loop import train
 
     use_device(trial.device)
-    lora = methods.load("lora")
-    options = lora.options(r=RANK, lora_alpha=ALPHA)
+    options = LoraOptions(r=RANK, lora_alpha=ALPHA)
     training = TrainingSpec(epochs=1, batch_size=BATCH_SIZE, precision=trial.precision, evals=1)
-    job = TrainingJob("speed", lora, options, training, trial.examples, trial.examples[:1], key="speed")
+    job = TrainingJob("speed", methods.load("lora"), options, training, trial.examples, trial.examples[:1], key="speed")
     model = bases.load_torch(trial.base, DTYPES[trial.precision])
     with tempfile.TemporaryDirectory() as folder:
         result = train(model, job, Path(folder), Progress(quiet=True))

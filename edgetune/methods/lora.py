@@ -42,15 +42,16 @@ class LoraOptions(LowRankOptions):
     """Options of LoRA, named as in PEFT; `rank`, `alpha` and `dropout` are accepted too."""
 
     target_modules: str | tuple[str, ...] = Field(
-        ALL_LINEAR,
+        default=ALL_LINEAR,
         description="Modules to adapt: all-linear, a list of names such as [q_proj, v_proj], or auto, which chooses "
         "modules and a rank of at most r by their benefit and cost (docs/placement.md).",
     )
     max_decode_overhead: Share = Field(
-        0.1, description="Share of decode speed that the adapter may cost, such as 10% or 0.1; used by auto only."
+        default=0.1,
+        description="Share of decode speed that the adapter may cost, such as 10% or 0.1; used by auto only.",
     )
     use_rslora: bool = Field(
-        False, description="Scale by alpha / sqrt(r) instead of alpha / r, which is more stable for high ranks."
+        default=False, description="Scale by alpha / sqrt(r) instead of alpha / r, which is more stable for high ranks."
     )
     rank_pattern: dict[str, PositiveInt] = Field(
         default_factory=dict, description="Ranks of single modules, by module name or regular expression."
@@ -59,7 +60,7 @@ class LoraOptions(LowRankOptions):
         default_factory=dict, description="Alphas of single modules, by module name or regular expression."
     )
     loraplus_lr_ratio: float = Field(
-        1.0, gt=0, description="Learning rate of B as a multiple of A's; LoRA+ uses about 16."
+        default=1.0, gt=0, description="Learning rate of B as a multiple of A's; LoRA+ uses about 16."
     )
 
     @model_validator(mode="after")
