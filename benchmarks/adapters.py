@@ -50,6 +50,7 @@ ENGINES = ("gguf", "onnx")
 FEW = 4
 PROMPTS = [words(count) for count in (5, 8, 13, 21)]
 TOKENS = 8
+OPENING: dict[str, Any] = {"contexts": 1, "cache_mb": 0, "disk_mb": 0, "preflight": False}
 
 
 def main() -> None:
@@ -106,11 +107,13 @@ def opens(bundle: Path, engine: str, threads: int) -> Callable[[], float]:
 
 def serve_zipf(bundle: Path, engine: str, threads: int, adapters_mb: float, calls: int) -> Result:
     """Times of switches, memory and answers of calls that choose adapters by Zipf's law."""
-    options = {"engine": engine, "threads": threads, "contexts": 1, "cache_mb": 0, "disk_mb": 0, "preflight": False}
     rng, cold_ms, warm_us, ttft_ms = random.Random(0), list[float](), list[float](), dict[bool, list[float]]()
     asked: dict[tuple[str, str], str] = {}
     different = 0
-    with Runtime.open(bundle, adapters_mb=adapters_mb, map_large_blocks=True, **options) as runtime:
+    opened = Runtime.open(
+        bundle, engine=engine, threads=threads, adapters_mb=adapters_mb, map_large_blocks=True, **OPENING
+    )
+    with opened as runtime:
         loaded, names = loaded_bundle(runtime).adapters, runtime.adapters
         weights = [1 / rank for rank in range(1, len(names) + 1)]
         for prompt in PROMPTS:
@@ -155,8 +158,7 @@ def wrong_answers(bundle: Path, folder: Path, engine: str, threads: int, asked: 
         prompts.setdefault(name, []).append(prompt)
     for number, (name, own) in enumerate(prompts.items()):
         _only(bundle, manifest, manifest.adapters[name], folder)
-        options = {"engine": engine, "threads": threads, "contexts": 1, "cache_mb": 0, "disk_mb": 0, "preflight": False}
-        with Runtime.open(folder, verify=False, **options) as runtime:
+        with Runtime.open(folder, engine=engine, threads=threads, verify=False, **OPENING) as runtime:
             for prompt in own:
                 wrong += runtime.generate(prompt, adapter=name, max_tokens=TOKENS).text != asked[name, prompt]
         shutil.rmtree(folder)
@@ -195,8 +197,15 @@ def write_bundle(source: Path, out: Path, engine: str, count: int) -> None:
         (out / file).parent.mkdir(parents=True)
         WRITERS[engine](source / template.files[engine], out / file, number, manifest.base.fingerprint)
         files[file] = FileEntry(sha256_of(out / file), (out / file).stat().st_size)
-        plain = {"draft": None, "output": None, "golden": {}, "shapes": {engine: template.shapes[engine]}}
-        entries[name] = replace(template, name=name, files={engine: file}, **plain)
+        entries[name] = replace(
+            template,
+            name=name,
+            files={engine: file},
+            shapes={engine: template.shapes[engine]},
+            draft=None,
+            output=None,
+            golden={},
+        )
         if number % 100 == 0:
             progress(f"{engine}: wrote {number} of {count} adapters")
     base_entry = replace(manifest.base, files={engine: manifest.base.files[engine]})
@@ -221,7 +230,7 @@ def _write_onnx(source: Path, out: Path, seed: int, fingerprint: str) -> None:
     arrays, _ = adapter_arrays(source, source.name)
     changed = [name for name in arrays if name.endswith(".lora_B.weight")]
     scales = dict(zip(changed, _factors(seed, len(changed)), strict=True))
-    tensors = {name: array * np.float32(scales.get(name, 1)) for name, array in arrays.items()}
+    tensors = {name: array.astype(np.float32) * np.float32(scales.get(name, 1)) for name, array in arrays.items()}
     write_tensors(tensors, out, dtype="f32", base_fingerprint=fingerprint)
 
 

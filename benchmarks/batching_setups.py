@@ -16,7 +16,6 @@ from pathlib import Path
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, resolve
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
-from edgetune_runtime.inference.opening_options import RuntimeOptions
 from edgetune_runtime.text.chat import messages_for, render
 
 from benchmarks.libraries import complete, genai_adapters, genai_generator, llama_server_params, open_genai
@@ -26,8 +25,8 @@ Piece = tuple[str, float]
 """A piece of an answer's text, and when it came."""
 Answering = Callable[[Ask], list[Piece]]
 
-SETTINGS: dict[str, RuntimeOptions] = {"": {}, ", no drafts": {"drafts": False}}
-"""Options of edgetune's setups, by the end of their names."""
+DRAFTS = {"": True, ", no drafts": False}
+"""Whether edgetune's setups use drafts, by the end of their names."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,10 @@ class Setup:
         return "" if find_spec(self.package) else f"the package {self.package} is not installed"
 
 
-def edgetune(engine: str, options: RuntimeOptions, place: Place) -> Answering:
+def edgetune(engine: str, place: Place, *, drafts: bool) -> Answering:
     """edgetune's runtime with a context per caller."""
     runtime = Runtime.open(
-        place.bundle, engine=engine, threads=place.threads, contexts=place.callers, disk_mb=0, **options
+        place.bundle, engine=engine, threads=place.threads, contexts=place.callers, disk_mb=0, drafts=drafts
     )
 
     def answer(ask: Ask) -> list[Piece]:
@@ -120,9 +119,9 @@ def genai(place: Place) -> Answering:
 
 SETUPS = {
     **{
-        f"edgetune {engine}{ending}": Setup(partial(edgetune, engine, options), engine)
+        f"edgetune {engine}{ending}": Setup(partial(edgetune, engine, drafts=drafts), engine)
         for engine in ("gguf", "onnx")
-        for ending, options in SETTINGS.items()
+        for ending, drafts in DRAFTS.items()
     },
     "llama-server": Setup(llama_server, "gguf", "xllamacpp"),
     "onnxruntime-genai": Setup(genai, "onnx", "onnxruntime_genai"),

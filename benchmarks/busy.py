@@ -111,8 +111,8 @@ def measure(options: argparse.Namespace, folder: Folder) -> dict[str, Any]:
                 for setup, took in _round(condition, workers, makes):
                     progress(f"  {setup}: {_tokens_per_s(took):.1f} tokens/s")
                     raw.setdefault((setup, condition.name), []).append(took)
-    for (setup, condition), rounds in raw.items():
-        by_setup[setup][condition] = _figures(rounds)
+    for (setup, name), rounds in raw.items():
+        by_setup[setup][name] = _figures(rounds)
     for figures in by_setup.values():
         for one in figures.values():
             one["share_of_quiet"] = one["tokens_per_s"] / figures[QUIET]["tokens_per_s"]

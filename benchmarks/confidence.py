@@ -97,6 +97,7 @@ def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: P
     random.Random(0).shuffle(lines)
     data: dict[str, Any] = {"columns": TASKS[task].get("columns")}
     adapter = {**values, "data": data, "golden": False, "draft": False}
+    training: dict[str, Any]
     if strength == "few":
         parts = {"train": lines[: options.few_rows]}
         data["held_out"], adapter["confidence_folds"], training = 0.1, options.folds, {"auto": True}

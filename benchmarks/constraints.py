@@ -35,11 +35,11 @@ from edgetune_runtime import Answer, Runtime
 from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.decoding.grammars import Grammars
 from edgetune_runtime.inference.measuring import loaded_bundle
-from edgetune_runtime.inference.options import SamplingOptions
+from edgetune_runtime.text.sampling import Sampling
 
 SCHEMAS = Path(__file__).with_name("schemas")
 CALLS = ("accept", "best", "forced", "mask", "valid_prefix")
-UNFILTERED: SamplingOptions = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+UNFILTERED = Sampling(top_k=0, top_p=1.0, min_p=0.0)
 WORDS = (
     "light kitchen weather tomorrow invoice package sensor garden music folder berlin window heater ticket river "
     "morning blue seven quickly please send open describe count without every paper number alarm winter"
@@ -124,9 +124,9 @@ def _figures(runtime: Runtime, schema: dict[str, Any], options: argparse.Namespa
             prompt,
             adapter=options.adapter,
             schema=schema,
+            sampling=None if options.filtered else UNFILTERED,
             seed=seed,
             temperature=options.temperature,
-            **({} if options.filtered else UNFILTERED),
             max_tokens=options.max_tokens,
         )
         decode_s += time.perf_counter() - begin - answer.timings.ttft_ms / 1e3

@@ -72,7 +72,7 @@ def make_devices(work: Path, tasks: Path) -> Path:
     folder = work / DEVICES
     if not (folder / TASKS[DEVICES].train).exists():
         script = EXAMPLES / "home-assistant" / "generate.py"
-        command = [sys.executable, script, "--rows", "2000", "--exclude", tasks, "--out", folder]
+        command: list[str | Path] = [sys.executable, script, "--rows", "2000", "--exclude", tasks, "--out", folder]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return folder
 

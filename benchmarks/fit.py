@@ -210,11 +210,17 @@ def measured_speeds(bundle: Path, engine: str, context: int, threads: int) -> li
         return [*in_turns({name: partial(measure, runtime, count) for name, count in lengths.items()}, TURNS).values()]
 
 
-def _opened(bundle: Path, engine: str, context: int, threads: int, **options: bool) -> Runtime:
+def _opened(bundle: Path, engine: str, context: int, threads: int, *, map_large_blocks: bool = False) -> Runtime:
     from edgetune_runtime import Runtime
 
     return Runtime.open(
-        bundle, engine=engine, context_length=context, threads=threads, disk_mb=0, contexts=1, **options
+        bundle,
+        engine=engine,
+        context_length=context,
+        threads=threads,
+        disk_mb=0,
+        contexts=1,
+        map_large_blocks=map_large_blocks,
     )
 
 

@@ -75,8 +75,17 @@ class Fleet:
 
     def publish(self, bundle: Path) -> str:
         """Publish a bundle; the digest of its manifest."""
-        options = {"channel": "stable", "min_runtime": "", "share": 1.0, "expires_days": 90}
-        return publish(bundle, self.repo, self._keys, Progress(quiet=True), **options).release.bundle
+        published = publish(
+            bundle,
+            self.repo,
+            self._keys,
+            Progress(quiet=True),
+            channel="stable",
+            min_runtime="",
+            share=1.0,
+            expires_days=90,
+        )
+        return published.release.bundle
 
     def source(self, url: str) -> UpdateSource:
         """Where a device gets its updates."""
@@ -85,8 +94,8 @@ class Fleet:
     def converge(self, source: UpdateSource, load: Load, digest: str) -> Result:
         """Let devices look until all have the bundle with this digest; what it took."""
         load.reset()
-        begin, behind, rounds = time.monotonic(), self.devices, []
-        problems: Counter[str] = Counter()
+        begin, behind = time.monotonic(), self.devices
+        rounds, problems = list[int](), Counter[str]()
         with ThreadPoolExecutor(self._threads) as pool:
             while behind and len(rounds) < MOST_ROUNDS:
                 failures = list(pool.map(partial(_look, source), behind))

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 OPTIONS = (
     "--max-request-s", "4", "--max-client-s", "3", "--max-connections", "64", "--max-waiting", "8",
@@ -104,14 +104,14 @@ class Target:
             status = type(error).__name__
         with suppress(http.client.HTTPException):
             # What is not an answer, or ends too early, keeps the status of the connection.
-            response = http.client.HTTPResponse(_Received(received))
+            response = http.client.HTTPResponse(cast("socket.socket", _Received(received)))
             response.begin()
             return Reply(response.status, response.read(), time.monotonic() - begin)
         return Reply(status, b"", time.monotonic() - begin)
 
 
 class _Received:
-    """A connection's bytes as http.client reads them."""
+    """A connection's bytes, with the one method of a socket that http.client reads answers by."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

@@ -41,6 +41,7 @@ from edgetune_runtime.text.chat import messages_for, render
 
 from benchmarks.libraries import llama_server_params
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import read_task
 
 MOST_TOKENS = 48
@@ -106,11 +107,15 @@ def asks_of(options: argparse.Namespace) -> list[Ask]:
     recipe = Recipe.from_file(options.recipe)
     rows = {name: read_task(name, recipe).validation[: options.rows] for name in recipe.adapters}
     return [
-        Ask(name, str(row[place].messages[-1]["content"] if row[place].messages else row[place].text))
+        Ask(name, _prompt(row[place]))
         for place in range(options.rows)
         for name, row in rows.items()
         if place < len(row)
     ]
+
+
+def _prompt(row: TaskRow) -> str:
+    return str(row.messages[-1]["content"] if row.messages else row.text)
 
 
 def references(options: argparse.Namespace, asks: Sequence[Ask]) -> dict[Ask, str]:
@@ -254,7 +259,7 @@ def llama_server(options: argparse.Namespace) -> Iterator[Target]:
         yield Target(url, pid, "/completion", body, piece, lambda answer: str(answer["content"]))
 
 
-def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, str, int]]:
+def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, str | None, int]]:
     """Run llama.cpp's server in this process; returns a function that gives its address, chat template and process."""
     import xllamacpp
 

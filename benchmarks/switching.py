@@ -30,7 +30,7 @@ from typing import Any
 
 from edgetune_runtime.threads.machine import resident_mb
 
-from benchmarks.switching_setups import CONTEXT, SETUPS, STEPS, Edgetune, Folder, Request, Setup
+from benchmarks.switching_setups import CONTEXT, SETUPS, STEPS, Edgetune, Folder, Request, Setup, Tokens
 
 RANK = 16
 ORDERS = ("round robin", "zipf")
@@ -129,13 +129,13 @@ def measure(name: str, folder: Folder) -> dict[str, Any]:
     for adapter in range(folder.adapters):
         setup.answer(next(request for request in orders[ORDERS[0]] if request.adapter == adapter))
     figures: dict[str, Any] = {}
-    answers: list[tuple[Request, list[int]]] = []
+    answers: list[tuple[Request, Tokens]] = []
     for order, asked in orders.items():
         figures[order] = _figures(setup, asked, answers)
     figures["rss_mb"] = resident_mb()
     if isinstance(setup, Edgetune):
         figures.update(adapters=folder.adapters, states_mb=setup.states_mb(), adapters_mb=setup.adapters_mb())
-    expected: dict[tuple[int, str], list[int]] = {}
+    expected: dict[tuple[int, str], Tokens] = {}
     for request, _ in answers:
         key = (request.adapter, request.message)
         if key not in expected:
@@ -146,7 +146,7 @@ def measure(name: str, folder: Folder) -> dict[str, Any]:
     return figures
 
 
-def _figures(setup: Setup, asked: Sequence[Request], answers: list[tuple[Request, list[int]]]) -> dict[str, float]:
+def _figures(setup: Setup, asked: Sequence[Request], answers: list[tuple[Request, Tokens]]) -> dict[str, float]:
     switches, firsts, last = [], [], -1
     begin = time.perf_counter()
     for number, request in enumerate(asked):

@@ -21,15 +21,18 @@ from benchmarks.libraries import complete, genai_adapters, genai_generator, llam
 CONTEXT = 1280
 STEPS = 16
 
+Tokens = list[int] | list[str]
+"""The ids of tokens, or their texts if a setup does not return ids."""
+
 
 @dataclass(frozen=True)
 class TimedAnswer:
     """A greedy answer, the time of the switch call, and the time to first token including the switch, in seconds.
 
-    `tokens` are texts if a setup does not return token ids. `steps_s` are the seconds of each token after the first.
+    `steps_s` are the seconds of each token after the first.
     """
 
-    tokens: list[int] | list[str]
+    tokens: Tokens
     switch_s: float
     first_s: float
     steps_s: list[float]

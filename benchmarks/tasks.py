@@ -15,7 +15,6 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -76,7 +75,7 @@ def intent_accuracy(result: Evaluation) -> float:
     return sum(right) / len(right)
 
 
-def intent_of(text: str) -> Any:  # noqa: ANN401 - any JSON value
+def intent_of(text: str) -> object:
     """The intent in an answer; None when it is not JSON with one."""
     try:
         value = json.loads(text)
