@@ -169,8 +169,8 @@ def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequen
 def install(log: Path, start_s: float, *arguments: str) -> int:
     """Run `pip install` with these arguments, after llama.cpp if they need it; returns pip's exit code."""
     requirement = llama_requirement(arguments)
-    if requirement and (code := compile_llama(log, start_s, requirement, arguments)) != 0:
-        return code
+    if requirement and (failure := compile_llama(log, start_s, requirement, arguments)) != 0:
+        return failure
     with Pip(log, *INSTALL, *arguments) as pip:
         while (code := pip.wait(REPORT_EVERY_S)) is None:
             report(start_s, pip)

@@ -19,6 +19,7 @@ from typing import Any
 import paho.mqtt.client as mqtt
 from app import Home
 from edgetune_runtime import EdgetuneError, Runtime
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 WAITING = 16
@@ -32,7 +33,7 @@ class Broker:
         self.prefix = prefix
         self.sentences: queue.Queue[str | None] = queue.Queue(WAITING)
         self.refusal = ""
-        self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2)
         self.client.on_connect = self._subscribe
         self.client.on_subscribe = lambda *_: print(f"listening on {prefix}/say", flush=True)
         self.client.on_message = self._hear

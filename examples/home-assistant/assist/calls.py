@@ -140,8 +140,8 @@ def schema(
         if tool.name not in names:
             continue
         for shape in _shapes(short, tool, devices if short == "TurnOn" else entities, floors, here):
-            _, calls = groups.setdefault(json.dumps(shape), (shape, []))
-            calls.append(short)
+            _, alike = groups.setdefault(json.dumps(shape), (shape, []))
+            alike.append(short)
     calls = [_object({"call": {"enum": of}, **shape["properties"]}, shape["required"]) for shape, of in groups.values()]
     several = [domain for domain, number in Counter(device.domain for device in devices).items() if number > 1]
     others = [

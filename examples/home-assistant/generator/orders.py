@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from assist.calls import MAY_BE_MISSING, Call
+from assist.calls import MAY_BE_MISSING, Call, target_of
 from assist.devices import Device, Home
 
 from . import targets
@@ -154,7 +154,7 @@ def in_area(home: Home, rng: random.Random, *, training: bool) -> Said | None:
     if area in areas:
         target = Target("", domain, {"area": area})
     elif domain == "vacuum" and len(devices) == 1:
-        target = Target("", domain, targets.target_of(devices[0], home.devices))
+        target = Target("", domain, target_of(devices[0], home.devices))
     else:
         target = Target("", domain, {}, {"missing": domain})
     built = build(kind, target, rng, training=training)
@@ -170,7 +170,7 @@ def _on_floor(
     named = [device for device in devices if floor in device.name.lower()]
     if len(named) != 1:
         return None
-    built = build(kind, Target("", named[0].domain, targets.target_of(named[0], home.devices)), rng, training=training)
+    built = build(kind, Target("", named[0].domain, target_of(named[0], home.devices)), rng, training=training)
     article = "" if floor.endswith("stairs") else "the "
     return Said(built.template.replace("the {area}", "{area}").replace("{area}", article + floor), built.answer)
 
@@ -199,11 +199,11 @@ def several(home: Home, rng: random.Random, *, training: bool) -> Said | None:
     if first is None:
         return None
     if rng.random() < 0.45:
-        targets_ = [first.target, _other_target(home, first.target, rng)]
-        if targets_[1] is None:
+        other = _other_target(home, first.target, rng)
+        if other is None:
             return None
-        phrase = f"{targets_[0].phrase} and {rng.choice(('', '', 'also '))}{targets_[1].phrase}"
-        calls = [make_call(first.call, target, first.values) for target in targets_ if target]
+        phrase = f"{first.target.phrase} and {rng.choice(('', '', 'also '))}{other.phrase}"
+        calls = [make_call(first.call, target, first.values) for target in (first.target, other)]
         return Said(first.template.replace("{it}", phrase), calls, first.copied)
     second = order(home, rng, training=training, callable_only=True)
     if second is None or second.target.call == first.target.call or (first.copied and second.copied):
