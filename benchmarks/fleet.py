@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from edgetune_runtime.bundle import (
     MANIFEST_NAME,
@@ -42,6 +43,7 @@ from edgetune_runtime.bundle import (
 )
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.store import trial
+from edgetune_runtime.store.kit import Kit
 from edgetune_runtime.update import update
 from edgetune_runtime.update.update import UpdateSource
 
@@ -193,13 +195,13 @@ def measure_bundle(path: Path, work: Path) -> Result:
         trial_s = []
         asks = trial.golden_answers
 
-        def timed(*arguments: object) -> object:
+        def timed(prefix: Path, kit: Kit) -> dict[str, Any] | None:
             begin = time.monotonic()
-            answers = asks(*arguments)  # type: ignore[arg-type]
+            answers = asks(prefix, kit)
             trial_s.append(time.monotonic() - begin)
             return answers
 
-        trial.golden_answers = timed  # type: ignore[assignment]
+        trial.golden_answers = timed
         begin = time.monotonic()
         update.apply(device, source, progress)
         installed = {"seconds": time.monotonic() - begin, "trial_s": sum(trial_s), **load.figures()}

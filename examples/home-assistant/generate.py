@@ -50,10 +50,16 @@ def main() -> None:
 
 def write(path: Path, made: Iterator[rows.Row], size: int, seen: set[str]) -> None:
     """Write so many rows whose prompts are not among `seen`, and add theirs to it."""
-    new = (row for row in made if row["prompt"] not in seen and not seen.add(row["prompt"]))  # type: ignore[func-returns-value]
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in islice(new, size))
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in islice(_unseen(made, seen), size))
     print(f"{path}: {size} rows")
+
+
+def _unseen(made: Iterator[rows.Row], seen: set[str]) -> Iterator[rows.Row]:
+    for row in made:
+        if row["prompt"] not in seen:
+            seen.add(row["prompt"])
+            yield row
 
 
 def sentences_of(path: Path) -> frozenset[str]:
