@@ -23,7 +23,6 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.decoding.library import byte_tokenizer, library
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.server.rewriting import Rewriter
-from edgetune_runtime.server.settings import Access, ServerLimits
 from generator import replies
 from generator.homes import invent, load_home
 from generator.rows import normal, rows
@@ -386,7 +385,7 @@ def test_a_bundle_from_generated_rows_answers_tasks(
         answer = runtime.generate(request.prompt, adapter=request.adapter, schema=request.schema, max_tokens=200)
         assert request.reply(answer.text)
     rewriters = [Rewriter.load("assist=assist.prompt:rewrite", EXAMPLE)]
-    with started(Path("bundle"), Access(), ServerLimits(), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+    with started(Path("bundle"), rewriters=rewriters, contexts=1) as server:
         asyncio.run(_converse(server.url))
 
 

@@ -14,7 +14,7 @@ import pytest
 from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime.bundle import ASK, ConfidenceCurve, UnsureRule
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.server.settings import Access, ServerLimits
+from edgetune_runtime.server.settings import Access
 from edgetune_runtime.store import answers
 from ports import http_server
 from runtime.bundles import LIGHT_ON, Adapter, add_golden, change_manifest, low_rank, write_bundle
@@ -49,7 +49,7 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
 @contextmanager
 def served(bundle: Path, access: Access = Access(), **opening: object) -> Iterator[str]:  # noqa: B008 - it is frozen
     """The address of a server for a bundle."""
-    with started(bundle, access, ServerLimits(grace_s=5), disk_mb=0, **opening) as server:
+    with started(bundle, access=access, **opening) as server:
         yield server.url
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from edgetune_runtime.errors import OutOfSpaceError, UsageError
-from edgetune_runtime.server.settings import Access, ServerLimits
 from ports import http_server
 from recipes import adapter_of, write_recipe
 from runtime.bundles import write_bundle
@@ -84,7 +83,7 @@ def test_this_projects_own_server_makes_rows_that_fit_the_schema(
     recipe: str, tiny_gguf: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = write_bundle(tmp_path / "bundle", tiny_gguf("llama"), {}, context_length=512)
-    with started(bundle, Access(), ServerLimits(grace_s=5), disk_mb=0) as server:
+    with started(bundle) as server:
         url, out = f"{server.url}/v1", tmp_path / "new.jsonl"
         assert command(recipe, url, out, "--requests", "60", "--yes", model="bundle") == 0
     capsys.readouterr()
