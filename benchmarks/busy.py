@@ -160,10 +160,14 @@ def _took(workers: Sequence[Worker], neighbours: Sequence[Neighbour], alone: Seq
     return took
 
 
-def _rates(neighbours: Sequence[Neighbour], seconds: float) -> list[float]:
-    before = [neighbour.count() for neighbour in neighbours]
-    time.sleep(seconds)
-    return [(n.count() - count) / seconds for n, count in zip(neighbours, before, strict=True)]
+def _rates(neighbours: Sequence[Neighbour], least_s: float) -> list[float]:
+    begin, before = time.perf_counter(), [neighbour.count() for neighbour in neighbours]
+    time.sleep(least_s)
+    # On a slow machine a training step takes seconds.
+    while any(neighbour.count() == count for neighbour, count in zip(neighbours, before, strict=True)):
+        time.sleep(0.05)
+    seconds = time.perf_counter() - begin
+    return [(neighbour.count() - count) / seconds for neighbour, count in zip(neighbours, before, strict=True)]
 
 
 def _figures(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

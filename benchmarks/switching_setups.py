@@ -275,8 +275,8 @@ class Peft:
             ids, cache = torch.tensor([request.prompt]), None
             while True:
                 with torch.inference_mode():
-                    out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+                    out = self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+                cache, token = out.cache, int(out.logits[0, -1].argmax())
                 yield token
                 ids = torch.tensor([[token]])
 
