@@ -43,6 +43,7 @@ SETUPS = {
 QUIET = "quiet"
 SIDE_BY_SIDE = "two of the same"
 ROUND_S = 12.0
+MOST_WAIT_S = 60
 """Longest time of one setup's round; it ends earlier when all requests are answered."""
 
 
@@ -165,6 +166,8 @@ def _rates(neighbours: Sequence[Neighbour], least_s: float) -> list[float]:
     time.sleep(least_s)
     # On a slow machine a training step takes seconds.
     while any(neighbour.count() == count for neighbour, count in zip(neighbours, before, strict=True)):
+        if time.perf_counter() - begin > MOST_WAIT_S:
+            raise RuntimeError(f"a busy process did nothing in {MOST_WAIT_S} s")
         time.sleep(0.05)
     seconds = time.perf_counter() - begin
     return [(neighbour.count() - count) / seconds for neighbour, count in zip(neighbours, before, strict=True)]

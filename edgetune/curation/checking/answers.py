@@ -22,7 +22,7 @@ from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, is_list, same_but_for_
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
-from .said_values import unsaid_texts
+from .said_values import text_before, unsaid_texts
 
 _USUAL, _ODD = 0.9, 0.05
 """Share of the answers that makes a form the usual one, and the highest share of an odd one."""
@@ -172,7 +172,10 @@ def _odd_fields(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
 
 
 def _lone_texts(rows: Sequence[SplitRow], parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
-    """Positions of values with a text that neither another has nor the prompt, where a field's texts are frequent."""
+    """Positions of values with a text that no other answer has, in a field with few, frequent texts.
+
+    One that the prompt has is right, unless the prompt also has another one that it is a misspelled form of.
+    """
     texts: dict[str, Counter[str]] = {}
     places: dict[tuple[str, str], int] = {}
     for place, value in enumerate(parsed):
@@ -187,9 +190,10 @@ def _lone_texts(rows: Sequence[SplitRow], parsed: Sequence[object]) -> Iterator[
         if is_closed and len(lone) <= max(1, int(_ODD * counts.total())):
             for text in lone:
                 place = places[path, text]
-                if has_value(rows[place].row.prompt, text):
-                    continue
                 near = difflib.get_close_matches(text, usual, n=1, cutoff=_MISSPELLED)
+                before = text_before(rows[place].row)
+                if has_value(before, text) and not (near and has_value(before, near[0])):
+                    continue
                 others = first_of([repr(other) for other in usual], separator=", ")
                 meant = f"{near[0]!r} is meant?" if near else f"the others have {others}"
                 yield place, f"{path} is {text!r} in no other answer; {meant}"

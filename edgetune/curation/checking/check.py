@@ -122,9 +122,7 @@ def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float,
     judged = estimate(task, recipe, minutes, progress)
     rows = {row.where: SplitRow(split, row) for split in (TRAIN, VALIDATION) for row in getattr(task, split)}
     wrong = [
-        Finding.of(
-            WRONG, [rows[row.where]], f"another answer is {1 / max(row.relative, 1e-9):,.0f} times as likely", row.own
-        )
+        Finding.of(WRONG, [rows[row.where]], f"another answer is {row.times:,.0f} times as likely", row.own)
         for row in judged.rows
         if row.own is not None
     ]

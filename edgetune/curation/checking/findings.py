@@ -82,9 +82,10 @@ class JudgedRow:
     """How likely the answer of a row is to adapters that were not trained on it.
 
     `likelihood` is the probability of its least likely token; `relative` is the lowest probability of a token relative
-    to that of the likeliest one in its place, 1 if it is the answer that the model would give, and is lower if the
-    answer has a value that the prompt does not have, as most do. `own` is the model's answer if the row's is probably
-    wrong; `weight` is then below 1, and smaller the less likely the row's answer is.
+    to that of the likeliest one in its place, 1 if it is the answer that the model would give. It is lowered if the
+    prompt lacks a value of the answer, in a field whose values most prompts have; `times` is 1 / `relative` without
+    that. `own` is the model's answer if the row's is probably wrong; `weight` is then below 1, and smaller the less
+    likely the row's answer is.
     """
 
     where: str
@@ -92,6 +93,7 @@ class JudgedRow:
     relative: float
     own: str | None = None
     weight: float = 1.0
+    times: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def judge(
         if found <= limit:
             answer = _own_answer(reader.continued(), example, item, tokenizer, deadline)
             own = None if answer == row.completion else answer
-        judged.append(JudgedRow(row.where, item.likelihood, found, own, min(1.0, found / limit)))
+        weight, times = min(1.0, found / limit), 1 / max(item.relative, 1e-9)
+        judged.append(JudgedRow(row.where, item.likelihood, found, own, weight, times))
     return judged
 
 

@@ -17,15 +17,16 @@ from .findings import MISFIT, Finding, SplitRow
 
 _SAID, _ENOUGH = 0.8, 30
 """Share of a field's texts that the prompt has, and their number, from which one that it does not have is odd."""
+_FEW_PROMPTS = 2
+"""A value that more prompts lack is probably another word for what they say. `unsaid_texts` takes one prompt alone."""
+_MOST_WORDS = 12
+"""Longer texts are looked for as they are, since other forms of so many words take long."""
 _ALIKE = 0.75
 """Least similarity of a word with one of the prompt that is a form of it, or is misspelled."""
 
 
 def unsaid_texts(rows: Sequence[SplitRow]) -> Iterator[Finding]:
-    """The rows with a text that their prompt does not have, in a field whose texts most prompts have.
-
-    A text that several prompts lack is probably another word for what they say.
-    """
+    """The rows with a text that their prompt alone lacks, in a field whose texts most prompts have."""
     values = [_values_of(item.row) for item in rows]
     fields: Counter[str] = Counter()
     said: Counter[str] = Counter()
@@ -48,51 +49,68 @@ def unsaid_texts(rows: Sequence[SplitRow]) -> Iterator[Finding]:
 
 
 def with_unsaid_values(rows: Sequence[TaskRow], relative: Sequence[float]) -> list[float]:
-    """The relative likelihoods of answers, lower for those with values that the prompt does not have.
+    """The relative likelihoods of answers, lower for those with values that the prompt and few others lack.
 
     Each is multiplied by the lowest share of rows, of those with the same field and a likelihood from the median on,
-    whose prompts do not have its value either. One row of either kind is added, so that no share is 0. Of an answer
-    that the model would give too (1) the likelihood stays, whatever its values.
+    whose prompts lack its value too. One row of either kind is added, so that no share is 0. Of an answer that the
+    model would give too (1) the likelihood stays, whatever its values.
     """
-    said, median = [_said_fields(row) for row in rows], statistics.median(relative)
+    values, median = [_values_of_all(row) for row in rows], statistics.median(relative)
+    unsaid = Counter(key for row in values for key, is_said in row.items() if not is_said)
     having: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
-    for fields, likelihood in zip(said, relative, strict=True):
+    for row, likelihood in zip(values, relative, strict=True):
         if likelihood >= median:
-            having.update(fields.keys())
-            lacking.update(field for field, is_said in fields.items() if not is_said)
-    shares = {field: (lacking[field] + 1) / (having[field] + 2) for field in chain.from_iterable(said)}
-    return [
-        likelihood * min((shares[field] for field, is_said in fields.items() if not is_said), default=1)
-        if likelihood < 1
-        else likelihood
-        for fields, likelihood in zip(said, relative, strict=True)
-    ]
+            having.update({field for field, _ in row})
+            lacking.update({field for (field, _), is_said in row.items() if not is_said})
+    changed = []
+    for row, likelihood in zip(values, relative, strict=True):
+        odd = {key[0] for key, is_said in row.items() if not is_said and unsaid[key] <= _FEW_PROMPTS}
+        share = min(((lacking[field] + 1) / (having[field] + 2) for field in odd), default=1)
+        changed.append(likelihood * share if likelihood < 1 else likelihood)
+    return changed
 
 
-def _said_fields(row: TaskRow) -> dict[str, bool]:
-    """Whether the prompts of a row's answers have all values of a field."""
-    fields: dict[str, bool] = {}
-    for (field, _), is_said in chain.from_iterable(_values_of(part).items() for part in row.answers):
-        fields[field] = fields.get(field, True) and is_said
-    return fields
+def text_before(row: TaskRow) -> str:
+    """All that the model reads before the last answer of a row."""
+    return "\n".join(turn["content"] for turn in row.turns[:-1])
+
+
+def _values_of_all(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
+    """The same of all answers of a row that are learned; a value counts as said if it is before each."""
+    values: dict[tuple[str, Scalar], bool] = {}
+    for key, is_said in chain.from_iterable(_values_of(part).items() for part in row.answers):
+        values[key] = values.get(key, True) and is_said
+    return values
 
 
 def _values_of(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
-    """The texts and numbers of the last answer, in JSON or calls, by field, and whether a text before has them."""
+    """The texts and numbers of the last answer, in JSON or calls, by field, and whether the text before has them."""
     answer = Answer.of(row)
     if answer is None:
         return {}
-    text = answer.said(row)
-    last = len(row.turns) - 1
+    text, last = text_before(row), len(row.turns) - 1
     values = [(answer.field(path), value) for path, value in answer.scalars() if answer.place_of(path) == last]
     return {(field, value): _is_said(text, value) for field, value in values}
 
 
 def _is_said(text: str, value: Scalar) -> bool:
     """Whether a text has a value, also as a part of a word, misspelled, or with other endings."""
+    own = _words(spoken(str(value)))
+    if len(own) > _MOST_WORDS:
+        return spoken(str(value)).lower() in text.lower()
     if has_value(text, value) or parts_of(text, value):
         return True
-    words = re.findall(r"\w+", text.lower())
-    own = re.findall(r"\w+", spoken(str(value)).lower())
-    return isinstance(value, str) and all(difflib.get_close_matches(word, words, n=1, cutoff=_ALIKE) for word in own)
+    if not isinstance(value, str):
+        return False
+    if _NUMBER.fullmatch(value):
+        return has_value(text, int(value))
+    words = set(_words(text))
+    return all(word in words or difflib.get_close_matches(word, words, n=1, cutoff=_ALIKE) for word in own)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+_NUMBER = re.compile("[0-9]{1,9}")

@@ -103,8 +103,9 @@ def learned_rows(
 def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     """What is doubtful about the corrections, a line each.
 
-    That is an answer of another form than the old ones, or with a value that none of them has where they have few, and
-    a prompt that another row answers otherwise, where only case, punctuation or the system prompt differ.
+    That is an answer of another form than the old ones, with a value that none of them has where they have few, or with
+    a text that the prompt lacks where most prompts have theirs, and a prompt that another row answers otherwise, where
+    only case, punctuation or the system prompt differ.
     """
     if rows.left_out:
         yield f"left out {rows.left_out} corrections of prompts for validation or the confidence: correct those rows"

@@ -44,6 +44,13 @@ ORDERS = [
     for room in ROOMS
 ]
 NO_BASE = "missing.gguf"
+ROOM_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "light",
+        "parameters": {"type": "object", "properties": {"area": {"type": "string"}}, "required": ["area"]},
+    },
+}
 TOOL = {
     "type": "function",
     "function": {
@@ -238,14 +245,17 @@ def test_values_and_fields_that_loosen_the_schema_for_all_are_named(tmp_path: Pa
     odd = [
         {"prompt": "darken the attic", "completion": {"do": "offf", "area": "attic"}},
         {"prompt": "make the den darker", "completion": {"do": "dim", "area": "den"}},
+        {"prompt": "turn off the lamp of the den", "completion": {"do": "of", "area": "den"}},
+        {"prompt": "brighten the lamp in the den", "completion": {"do": "brighten", "area": "den"}},
         {"prompt": "light", "completion": {"do": "on"}},
         {"prompt": "turn on the lamp in the barn", "completion": {"do": "on", "area": "barn"}},
     ]
-    found = checked(tmp_path, [*ORDERS * 2, *odd], validation=ORDERS[:1], output="auto")
+    found = checked(tmp_path, [*ORDERS * 4, *odd], validation=ORDERS[:1], output="auto")
     assert {f.where[0].rpartition(":")[2]: f.note for f in found.of_kind("misfit")} == {
-        "41": "do is 'offf' in no other answer; 'off' is meant?",
-        "42": "do is 'dim' in no other answer; the others have 'on', 'off'",
-        "43": 'has no area, which 22 of 23 answers with do "on" have',
+        "81": "do is 'offf' in no other answer; 'off' is meant?",
+        "82": "do is 'dim' in no other answer; the others have 'on', 'off'",
+        "83": "do is 'of' in no other answer; 'off' is meant?",
+        "85": 'has no area, which 42 of 43 answers with do "on" have',
     }
 
 
@@ -258,14 +268,36 @@ def test_answers_are_compared_as_json_but_for_a_few_others(tmp_path: Path) -> No
     assert doubt.startswith("1 of 22 answers are not JSON objects, such as ") and doubt.endswith("free text, not JSON")
 
 
+def talk_about(room: str) -> list[dict[str, str]]:
+    answer = json.dumps({"do": "off", "area": room})
+    return [{"role": "user", "content": f"turn off the lamp in the {room}"}, {"role": "assistant", "content": answer}]
+
+
 def test_a_text_that_the_prompt_does_not_have_is_named_where_most_prompts_have_theirs(tmp_path: Path) -> None:
     attic = {"do": "on", "area": "attic"}
     wrong = [{"prompt": "lamp on in the cellar", "completion": attic}]
     prompts = ("turn on the attc lamp", "attics on", "the atticlamp on", "lamp under the roof on", "on under the roof")
     spoken = [{"prompt": prompt, "completion": attic} for prompt in prompts]
+    # What an answer is made from is also in the system prompt, and in an earlier answer.
+    for earlier in ([{"role": "system", "content": "You are in the attic."}], talk_about("attic")):
+        asked = [*earlier, {"role": "user", "content": "lamp on here"}]
+        spoken.append({"messages": [*asked, {"role": "assistant", "content": json.dumps(attic)}]})
     assert "misfit" not in checked(tmp_path, [*ORDERS * 2, *spoken]).counts
     assert "misfit" not in checked(tmp_path, [*ORDERS, *wrong]).counts  # too few rows to tell
     found = checked(tmp_path, [*ORDERS * 2, *wrong])
+    assert [(f.where[0][-2:], f.note) for f in found.of_kind("misfit")] == [
+        ("41", "area is 'attic', which is not in the prompt; in 40 of 41 rows it is")
+    ]
+
+
+def test_a_call_with_a_text_that_only_its_own_message_has_is_named(tmp_path: Path) -> None:
+    def calling(prompt: str, room: str) -> dict[str, Any]:
+        call = {"function": {"name": "light", "arguments": {"area": room}}}
+        said = {"role": "assistant", "content": f"The lamp in the {room}.", "tool_calls": [call]}
+        return {"messages": [{"role": "user", "content": prompt}, said], "tools": [ROOM_TOOL]}
+
+    rows = [calling(f"light {n} in the {room}", room) for n in range(4) for room in ROOMS]
+    found = checked(tmp_path, [*rows, calling("light in the cellar", "attic")])
     assert [(f.where[0][-2:], f.note) for f in found.of_kind("misfit")] == [
         ("41", "area is 'attic', which is not in the prompt; in 40 of 41 rows it is")
     ]
@@ -275,10 +307,11 @@ def test_an_answer_with_a_value_that_most_right_rows_have_in_the_prompt_is_less_
     def row(prompt: str, level: int) -> TaskRow:
         return TaskRow("x:1", ({"role": "user", "content": prompt},), json.dumps({"do": "dim", "level": level}))
 
-    rows = [*(row(f"to {n}", n) for n in range(7)), row("darker", 0), row("to 3", 4), row("to 6", 5)]
-    likely = with_unsaid_values(rows, [*[0.8] * 7, 1, 0.5, 0.4])
-    # "dim" is in no prompt; a level is in seven of the eight prompts of right rows.
-    assert likely == pytest.approx([*[0.8 * 0.9] * 7, 1, 0.5 * 0.2, 0.4 * 0.2])
+    others = [row("to half", 50), row("to a half", 50), row("halfway", 50)]
+    rows = [*(row(f"to {n}", n) for n in range(7)), row("darker", 0), row("to 3", 4), row("to 6", 5), *others]
+    likely = with_unsaid_values(rows, [*[0.8] * 7, 1, 0.5, 0.4, *[0.6] * 3])
+    # "dim" is in no prompt; a level is in seven of the eight prompts of right rows, and 50 has another word.
+    assert likely == pytest.approx([*[0.8] * 7, 1, 0.5 * 0.2, 0.4 * 0.2, *[0.6] * 3])
     assert with_unsaid_values([TaskRow("x:1", None, "plain text")], [0.5]) == [0.5]
 
 
