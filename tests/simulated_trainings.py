@@ -24,7 +24,7 @@ from edgetune_runtime.errors import CancelledError
 from edgetune_runtime.formats.gguf_file import read_header
 from simulated_device import NAME, device, register, simulated
 from tiny import make_encoder, make_model
-from trainings import HEADER, QUIET, VOCABULARY, Stopping, job
+from trainings import HEADER, QUIET, VARIANTS, VOCABULARY, Stopping, job
 from transformers import PreTrainedModel
 
 from edgetune import bases, methods
@@ -39,8 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cartridge": {"num_virtual_tokens": 4},
     "last_layers": {"layers": 1},
 }
-METHODS = [name for name in methods.names() if name not in ("loraplus", "olora", "rslora")]
-"""The methods with code of their own; the others are one of them with other defaults."""
+METHODS = [name for name in methods.names() if name not in VARIANTS]
 STEPS = 4
 
 MakeBase = Callable[[], PreTrainedModel]

@@ -29,6 +29,8 @@ from edgetune.training.loop import train
 
 VOCABULARY = 384
 HEADER = (10, 11, 12)
+VARIANTS = {"loraplus": "lora", "olora": "pissa", "rslora": "lora"}
+"""The methods that are another one with other defaults, and that one."""
 QUIET = Progress(quiet=True)
 
 

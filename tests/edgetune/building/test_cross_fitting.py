@@ -41,11 +41,11 @@ KEYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of adapters with folds."""
+    """A bundle in both formats, of adapters with folds."""
     folder = tmp_path_factory.mktemp("folds")
     adapters = {name: adapter_of(METHOD, train=f"{name}.jsonl", **FOLDS, **KEYS[name]) for name in ROWS}
     data = {f"{name}.jsonl": rows for name, rows in ROWS.items()}
-    keys: dict[str, Any] = {"quantization": "q8_0", "training": {"evals": 1}}
+    keys: dict[str, Any] = {"targets": ["gguf", "onnx"], "quantization": "q8_0", "training": {"evals": 1}}
     return build(
         make_recipe(folder, tiny_gguf("llama"), adapters, data=data, **keys), folder / "home", progress=QUIET
     ).bundle
@@ -62,16 +62,17 @@ def test_the_adapters_of_folds_do_not_ship(bundle: Path, manifest: Manifest) -> 
     assert all(entry.parity["gguf"] and entry.golden for entry in manifest.adapters.values())
 
 
-def test_all_rows_tell_how_sure_answers_are(bundle: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_all_rows_tell_how_sure_answers_are(engine: str, bundle: Path, manifest: Manifest) -> None:
     for name, kind in (("command", "value"), ("whole", "choice")):
-        curve = manifest.adapters[name].confidence["gguf"][kind]
+        curve = manifest.adapters[name].confidence[engine][kind]
         assert (curve.rows, curve.slope is not None) == (30, True)
     recipe = Recipe.from_file(bundle.parent / "recipe.yaml")
     task = read_task("color", recipe)
     asked = [*task.confidence_rows, *(row for fold in fold_tasks(task, recipe) for row in fold.confidence_rows)]
-    curves = manifest.adapters["color"].confidence["gguf"]
+    curves = manifest.adapters["color"].confidence[engine]
     assert sum(curve.rows for kind, curve in curves.items() if kind in ("label", "nothing")) == len(asked)
-    scope = manifest.adapters["color"].scope["gguf"]
+    scope = manifest.adapters["color"].scope[engine]
     assert (30 * scope.refused) == pytest.approx(round(30 * scope.refused), abs=0.01)
 
 

@@ -206,6 +206,11 @@ def test_a_merged_model_in_the_quantization_of_the_base_is_trained_on_its_grid_t
         assert on_grid(base, quantization, "q4_0") and on_grid(base, quantization, None)
     # Another head is another quantization.
     assert not on_grid(file, "q4_0", "q4_0+q4_0")
+    if arch == "llama":
+        # The file ships as it is, and the merged model has its quantization.
+        recipe = recipe_of(tmp_path, file, ("whole",), merged_quantization="q4_0")
+        bundle = build(recipe, tmp_path / "home", progress=QUIET).bundle
+        assert read_manifest(bundle).adapters["whole"].parity["gguf"]["kl"] < parity.TOLERANCE_KL["q4_0"]
 
 
 def test_a_merged_model_whose_training_is_lost_to_rounding_is_refused(

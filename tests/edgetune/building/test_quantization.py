@@ -239,7 +239,9 @@ def test_only_what_the_board_can_run_is_measured(
     on_board = names_of(recipe)
     assert 0 < len(on_board) < len(everywhere)
     planned = plan_build(recipe)
-    assert choose_quantization(planned.plan, planned.tasks, tmp_path / "work", QUIET, None) in on_board
+    choose_quantization(planned.plan, planned.tasks, tmp_path / "work", QUIET, None)
+    kept = json.loads((tmp_path / "work/quantizations.json").read_text(encoding="utf-8"))
+    assert [item["quantization"] for item in kept["measured"]] == on_board
 
 
 MEASURED = (

@@ -12,7 +12,7 @@ from edgetune_export.adapters.shapes import Bottleneck, Tensors
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from tiny import FEW, make_encoder, make_model
 from torch.nn import functional
-from trainings import VOCABULARY, answer, job, learn, logits_of, randomize
+from trainings import VOCABULARY, answer, job, learn, logits_of, randomize, stopped_and_resumed
 
 from edgetune import methods
 from edgetune.methods import Checkpoint
@@ -151,10 +151,11 @@ def test_packed_rows_see_what_single_rows_see() -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_training_learns(tmp_path: Path) -> None:
+def test_a_training_learns_and_a_stopped_one_resumes(tmp_path: Path) -> None:
     base, work = make_model("llama", VOCABULARY), job("bottleneck", KINDS[0], max_steps=40, learning_rate=1e-2)
-    result = learn(base, work, tmp_path)
+    result = learn(base, work, tmp_path / "whole")
     assert result.val_loss < 0.75 * result.history[0].val_loss
+    assert stopped_and_resumed(base, work, tmp_path / "resumed", 21).history == result.history
 
 
 def test_a_base_without_such_blocks_is_refused() -> None:

@@ -24,7 +24,7 @@ from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, SAME_MODULES, make_model
-from trainings import HEADER, QUIET, SHORT, job_of
+from trainings import HEADER, QUIET, SHORT, VARIANTS, job_of
 from transformers import PreTrainedModel
 
 from edgetune import bases, methods
@@ -91,8 +91,7 @@ OWN_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     # Of so short a training, its answers change less than others'.
     "qwen35": {"full": {"learning_rate_factor": 0.06}, "ia3": {"learning_rate_factor": 30.0}},
 }
-NAMES = [name for name in TABLE if name not in ("loraplus", "rslora")]
-"""The methods with code of their own; the others are lora with other defaults."""
+NAMES = [name for name in TABLE if name not in VARIANTS]
 # So that other architectures than llama, with fewer steps, are trained as far.
 SHORTER: dict[str, Any] = {"max_steps": 2, "evals": 1, "learning_rate": 2.4e-2}
 

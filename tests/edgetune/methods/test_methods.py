@@ -11,6 +11,7 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from tiny import make_model
+from trainings import VARIANTS
 
 from edgetune import methods
 from edgetune.methods.common.base import trainable
@@ -25,9 +26,6 @@ def attach(**options: object) -> Any:  # noqa: ANN401 - PEFT carries no types
 def layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {name.removeprefix("base_model.model."): module for name, module in found.items()}
-
-
-VARIANTS = {"loraplus": "lora", "olora": "pissa", "rslora": "lora"}
 
 
 def test_methods_are_found_by_their_files_names() -> None:

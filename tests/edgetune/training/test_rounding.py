@@ -44,7 +44,10 @@ def base_in(wide_gguf: Callable[[int], Path], tmp_path: Path) -> Callable[[str],
 
 
 def tuned(base: Base, dtype: torch.dtype = torch.float32, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
-    return random_lora(bases.load_torch(base, dtype), std=0.02, target_modules="all-linear", **options)
+    """A random LoRA on the base, the same each time."""
+    model = bases.load_torch(base, dtype)
+    torch.manual_seed(0)
+    return random_lora(model, std=0.02, target_modules="all-linear", **options)
 
 
 def test_gradients_are_those_of_a_lora_on_weights_that_add_up_to_the_rounded_ones(

@@ -33,7 +33,7 @@ COMMAND = output_of(
 
 
 ONE_OF_EACH = [("gguf", "tiny"), ("onnx", "smollm2")]
-"""Each base in one engine: a constraint knows only tokens, which both engines have alike."""
+"""Each base in one engine: a constraint knows only tokens, which are the same in both engines."""
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])

@@ -53,7 +53,7 @@ def open_(files_of: Files) -> Iterator[Open]:
     ids="-".join,
 )
 def engine(request: pytest.FixtureRequest, files_of: Files) -> Iterator[Engine]:
-    """Each engine with each architecture. Tests share it, so each begins with an empty sequence."""
+    """Each engine with each architecture. Tests share it, so each has to empty the sequence first."""
     with opened(request.param[0], files_of(*request.param)) as engine:
         yield engine
 

@@ -28,7 +28,7 @@ NEXT = list(range(50, 58))
 
 @pytest.fixture(scope="module", params=HYBRIDS, ids="-".join)
 def engine(request: pytest.FixtureRequest, files_of: Callable[[str, str], dict[str, Path]]) -> Iterator[Engine]:
-    """Each engine with each base. Tests share it, so each begins with an empty sequence."""
+    """Each engine with each base. Tests share it, so each has to empty the sequence first."""
     base = files_of(*request.param)["base"]
     with closing(ENGINES[request.param[0]](base, context_length=CONTEXT, threads=1)) as opened:
         yield opened

@@ -135,7 +135,7 @@ def test_a_stream_gives_the_text_that_generate_gives(runtime: Runtime) -> None:
 
 
 def test_timings_have_switch_first_token_and_speed(runtime: Runtime) -> None:
-    # What was asked before may have left this adapter.
+    # An earlier test may have left this adapter active.
     runtime.generate(PROMPT, max_tokens=1)
     timings = runtime.generate(PROMPT, adapter="command", max_tokens=9).timings
     assert 0 < timings.switch_us < timings.ttft_ms * 1e3

@@ -65,7 +65,7 @@ def test_an_answer_that_ended_before_its_first_token_does_not_parse(opened: Runt
 
 def test_a_pydantic_model_gives_its_objects(opened: Runtime) -> None:
     with opened.session("one") as session:
-        answer = session.send("play", schema=Command, **HOT)
+        answer = session.send("play", schema=Command, **HOT, seed=0)
     assert answer.stop_reason == "end"
     assert isinstance(answer.parsed, Command)
 

@@ -33,7 +33,7 @@ class Running:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        # uvicorn closes a connection that is idle for 5 s; a request that meets it would fail.
+        # uvicorn closes a connection that is idle for 5 s; a request sent at that moment would fail.
         limits = httpx.Limits(max_keepalive_connections=0)
         self.client = httpx.Client(base_url=self.url, timeout=30, limits=limits)
 
@@ -63,7 +63,7 @@ def started(
     redact: Sequence[str] = (),
     **opening: object,
 ) -> Iterator[Running]:
-    """A server for a bundle, until the block ends; `opening` has options of `Runtime.open`."""
+    """A server for a bundle, until the block ends; `opening`: of `Runtime.open`, with two contexts and no disk."""
     is_ready = threading.Event()
     stops: list[Callable[[], None]] = []
 

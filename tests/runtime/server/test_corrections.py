@@ -57,7 +57,7 @@ def test_answers_without_a_row_are_not_logged(server: Running, client: OpenAI, l
 
 @pytest.fixture
 def held(start: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """`is_redacting, released`: the first answer to redact waits until the second is set. Servers stop after that."""
+    """`is_redacting, released`: the first answer to redact waits until `released` is set, before servers stop."""
     is_redacting, released = threading.Event(), threading.Event()
 
     def redact(command: list[str], *, timeout_s: float, stdin: bytes) -> ProcessResult:

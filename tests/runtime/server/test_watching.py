@@ -31,6 +31,7 @@ def test_a_server_takes_over_the_version_that_its_path_is_switched_to(
     wait_for(lambda: "has another base than before; open it again, or restart the server" in caplog.text)
     assert ask(server, "command") == 200
     assert server.client.get("/healthz").json()["bundle"] != sha256_of(changed / "manifest.json")
+    assert caplog.text.count("has another base than before") == 1
 
 
 def ask(server: Running, model: str) -> int:

@@ -50,6 +50,13 @@ def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a gen
         yield cache(lambda engine, arch: opened.enter_context(closing(Fresh(prompted_of(arch), engine, CHOICES))))
 
 
+@pytest.mark.parametrize(("engine", "arch"), [*CASES, ("gguf", "gemma3")])
+def test_the_choices_give_different_logits(engine: str, arch: str, fresh_of: Callable[[str, str], Fresh]) -> None:
+    messages: list[Message] = [{"role": "user", "content": PROMPTS[0]}]
+    found = {fresh_of(engine, arch).greedy(messages, choice)[0].tobytes() for choice in range(len(CHOICES))}
+    assert len(found) == len(CHOICES)
+
+
 @pytest.mark.parametrize(
     ("engine", "arch", "budgets"),
     [

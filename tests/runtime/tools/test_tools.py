@@ -264,6 +264,7 @@ def test_with_a_schema_an_answer_is_either_calls_or_json_that_fits(
         answer = runtime.generate("light", seed=1, tool_choice=choice, **options, **HOT)
         assert (answer.stop_reason, bool(answer.tool_calls)) == ("end", is_call)
         assert all(map(fits, answer.tool_calls))
+        assert not is_call or (answer.content, answer.parsed) == ("", None)
 
 
 @each_family

@@ -137,9 +137,7 @@ def test_training_starts_from_no_adapter_of_a_build_that_packed_none(built: Path
     assert adapter_folders(home, "light") == adapter_folders(home, "color") == []
 
 
-def test_other_modules_start_from_the_beginning_and_negatives_have_prompts_of_all_adapters(
-    built: Path, home: Path
-) -> None:
+def test_a_recipe_with_other_modules_and_with_negatives_is_learned(built: Path, home: Path) -> None:
     shutil.copytree(built / "home.work", home.with_name("home.work"))
     text = home.with_name(NAME).read_text(encoding="utf-8")
     method = '"method": {"name": "lora", "target_modules": ["q_proj", "v_proj"]}'
