@@ -43,8 +43,9 @@ SETUPS = {
 QUIET = "quiet"
 SIDE_BY_SIDE = "two of the same"
 ROUND_S = 12.0
-MOST_WAIT_S = 60
 """Longest time of one setup's round; it ends earlier when all requests are answered."""
+MOST_WAIT_S = 60
+"""Longest wait for a busy process to do something."""
 
 
 @dataclass(frozen=True)
