@@ -76,14 +76,6 @@ def text_before(row: TaskRow) -> str:
     return "\n".join(turn["content"] for turn in row.turns[:-1])
 
 
-def _values_of_all(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
-    """The same of all answers of a row that are learned; a value counts as said if it is before each."""
-    values: dict[tuple[str, Scalar], bool] = {}
-    for key, is_said in chain.from_iterable(_values_of(part).items() for part in row.answers):
-        values[key] = values.get(key, True) and is_said
-    return values
-
-
 def _values_of(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
     """The texts and numbers of the last answer, in JSON or calls, by field, and whether the text before has them."""
     answer = Answer.of(row)
@@ -92,6 +84,14 @@ def _values_of(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
     text, last = text_before(row), len(row.turns) - 1
     values = [(answer.field(path), value) for path, value in answer.scalars() if answer.place_of(path) == last]
     return {(field, value): _is_said(text, value) for field, value in values}
+
+
+def _values_of_all(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
+    """The same of all answers of a row that are learned; a value counts as said if it is before each."""
+    values: dict[tuple[str, Scalar], bool] = {}
+    for key, is_said in chain.from_iterable(_values_of(part).items() for part in row.answers):
+        values[key] = values.get(key, True) and is_said
+    return values
 
 
 def _is_said(text: str, value: Scalar) -> bool:
