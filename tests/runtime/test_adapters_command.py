@@ -36,9 +36,9 @@ def run(run: Run) -> Run:
 
 
 @pytest.fixture
-def home(both_of: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of the bundle of both formats."""
-    return Path(shutil.copytree(both_of("llama"), tmp_path / "home"))
+def home(home_of_both: Path) -> Path:
+    """The copy in both formats, for all tests of this module."""
+    return home_of_both
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def test_what_the_router_chose_is_judged_if_it_is_an_adapter(
 
 
 @needs_browser
-def test_without_a_log_no_correction_is_asked_for_and_a_server_that_cannot_be_reached_any_more_is_named(
+def test_without_a_log_no_correction_is_asked_for_and_a_server_that_cannot_be_reached_any_more_is_reported(
     server: Running, visit: Visit
 ) -> None:
     page = visit(server)

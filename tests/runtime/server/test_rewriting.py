@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -274,17 +273,22 @@ def test_the_name_of_another_model_is_refused(bundle: Path, folder: Path) -> Non
 
 
 def test_a_new_adapter_with_the_name_of_a_rewriter_is_hidden_by_it(
-    bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bundle: Path,
+    home: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(following, "_WATCH_S", 0.02)
-    first, prefix = Path(shutil.copytree(bundle, tmp_path / "first")), tmp_path / "device"
-    remove_from_bundle(first, "tone")
+    prefix = tmp_path / "device"
+    remove_from_bundle(home, "tone")
     rewriters = [Rewriter.load("tone=shortened:rewrite", folder)]
-    path = switch_to(prefix, "a" * 16, first)
+    path = switch_to(prefix, "a" * 16, home)
     with started(path, rewriters=rewriters, contexts=1) as server:
         for version, has_tone in (("b", True), ("c", False), ("d", True)):
             caplog.clear()
-            switch_to(prefix, version * 16, bundle if has_tone else first)
+            switch_to(prefix, version * 16, bundle if has_tone else home)
             wait_for(lambda has=has_tone: ("tone" in server.runtime.adapters) == has)
             wait_for(lambda has=has_tone: ("a --rewrite has its name" in caplog.text) == has)
             listed = [model["id"] for model in server.client.get("/v1/models").json()["data"]]

@@ -28,12 +28,11 @@ Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 PROMPT = "turn on the warm light in the kitchen"
 
 
-def test_the_first_format_of_a_bundle_is_the_default(both_of: Callable[[str], Path], tmp_path: Path) -> None:
-    with Runtime.open(both_of("llama")) as runtime:
+def test_the_first_format_of_a_bundle_is_the_default(home_of_both: Path) -> None:
+    with Runtime.open(home_of_both) as runtime:
         assert isinstance(loaded_bundle(runtime).context()[0].engine, GgufEngine)
-    copy = Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
-    change_manifest(copy, lambda raw: raw["base"]["files"].pop("gguf"))
-    with Runtime.open(copy) as runtime:
+    change_manifest(home_of_both, lambda raw: raw["base"]["files"].pop("gguf"))
+    with Runtime.open(home_of_both) as runtime:
         assert isinstance(loaded_bundle(runtime).context()[0].engine, OnnxEngine)
 
 
@@ -69,16 +68,10 @@ def test_a_switch_while_the_active_adapter_is_unloaded_stays(
 # --- What is spoilt is refused in one line.
 
 
-def sign(copy: Path) -> None:
+def sign(bundle: Path) -> None:
     """Bring the manifest's digests up to date, as somebody who spoils a bundle on purpose would."""
-    manifest = read_manifest(copy)
-    write_manifest(copy, manifest.base, manifest.adapters)
-
-
-@pytest.fixture
-def copy(both_of: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of the bundle to spoil."""
-    return Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
+    manifest = read_manifest(bundle)
+    write_manifest(bundle, manifest.base, manifest.adapters)
 
 
 def refused(bundle: Path, *, verify: bool = True) -> EdgetuneError:
@@ -100,9 +93,9 @@ def refused(bundle: Path, *, verify: bool = True) -> EdgetuneError:
         "adapters/tone/adapter.onnx_adapter",
     ],
 )
-def test_a_flipped_bit_is_refused_before_the_file_is_read(copy: Path, file: str) -> None:
-    flip(copy / file, 0.5)
-    error = refused(copy)
+def test_a_flipped_bit_is_refused_before_the_file_is_read(home_of_both: Path, file: str) -> None:
+    flip(home_of_both / file, 0.5)
+    error = refused(home_of_both)
     assert isinstance(error, VerificationError)
     assert f"{file} does not match its digest" in str(error)
 
@@ -134,9 +127,9 @@ def test_flipped_bits_of_an_adapter_without_digests_are_refused_or_harmless(
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 64, b"TAAD", bytes(range(256)) * 8])
-def test_a_damaged_onnx_adapter_is_refused(data: bytes, copy: Path) -> None:
-    (copy / "adapters/tone/adapter.onnx_adapter").write_bytes(data)
-    error = refused(copy, verify=False)
+def test_a_damaged_onnx_adapter_is_refused(data: bytes, home_of_both: Path) -> None:
+    (home_of_both / "adapters/tone/adapter.onnx_adapter").write_bytes(data)
+    error = refused(home_of_both, verify=False)
     assert isinstance(error, VerificationError)
     assert "'tone'" in str(error)
 
@@ -169,79 +162,80 @@ B = "model.layers.1.mlp.down_proj.lora_B.weight"
     ],
 )
 def test_an_adapter_that_contradicts_itself_or_the_graph_is_named(
-    change: Change, kind: type[EdgetuneError], named: str, copy: Path
+    change: Change, kind: type[EdgetuneError], named: str, home_of_both: Path
 ) -> None:
-    path, fingerprint = copy / "adapters/tone/adapter.onnx_adapter", read_manifest(copy).base.fingerprint
+    path = home_of_both / "adapters/tone/adapter.onnx_adapter"
+    fingerprint = read_manifest(home_of_both).base.fingerprint
     tensors, version = adapter_arrays(path, "tone")
     assert version == model_version(fingerprint)
     write_tensors(path, change(tensors), version)
-    sign(copy)
+    sign(home_of_both)
     with pytest.raises(kind, match=f"adapter 'tone' .*{named}") as caught:
-        Runtime.open(copy, engine="onnx", preload=["tone"])
+        Runtime.open(home_of_both, engine="onnx", preload=["tone"])
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_of_another_base_is_refused(copy: Path) -> None:
-    path = copy / "adapters/tone/adapter.onnx_adapter"
+def test_an_adapter_of_another_base_is_refused(home_of_both: Path) -> None:
+    path = home_of_both / "adapters/tone/adapter.onnx_adapter"
     tensors, version = adapter_arrays(path, "tone")
     write_tensors(path, tensors, version ^ 1)
-    sign(copy)
-    error = refused(copy)
+    sign(home_of_both)
+    error = refused(home_of_both)
     assert isinstance(error, IncompatibleError)
     assert "'tone' was made for another base" in str(error)
 
 
-def test_a_graph_of_another_base_is_refused(copy: Path) -> None:
-    path = copy / "base/onnx/model.onnx"
+def test_a_graph_of_another_base_is_refused(home_of_both: Path) -> None:
+    path = home_of_both / "base/onnx/model.onnx"
     model = onnx.load(path, load_external_data=False)
     next(entry for entry in model.metadata_props if entry.key == "edgetune.base_fingerprint").value = "0" * 64
     onnx.save(model, path)
-    sign(copy)
-    assert "is not the base" in str(refused(copy))
+    sign(home_of_both)
+    assert "is not the base" in str(refused(home_of_both))
 
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("location", ["../../../secret", "/etc/passwd", "*/_ORT_MEM_ADDR_/*", "link"])
-def test_weights_outside_the_bundle_are_refused(location: str, verify: bool, copy: Path) -> None:
-    path = copy / "base/onnx/model.onnx"
-    shutil.copy(copy / "base/onnx/model.onnx.data", copy.parent / "secret")
-    (copy / "base/onnx/link").symlink_to(copy.parent / "secret")
+def test_weights_outside_the_bundle_are_refused(location: str, verify: bool, home_of_both: Path) -> None:
+    path = home_of_both / "base/onnx/model.onnx"
+    shutil.copy(home_of_both / "base/onnx/model.onnx.data", home_of_both.parent / "secret")
+    (home_of_both / "base/onnx/link").symlink_to(home_of_both.parent / "secret")
     model = onnx.load(path, load_external_data=False)
     entry = next(tensor for tensor in model.graph.initializer if tensor.external_data)
     next(pair for pair in entry.external_data if pair.key == "location").value = location
     onnx.save(model, path)
-    (copy / "base/onnx/link").unlink()
-    sign(copy)
-    (copy / "base/onnx/link").symlink_to(copy.parent / "secret")
-    error = refused(copy, verify=verify)
+    (home_of_both / "base/onnx/link").unlink()
+    sign(home_of_both)
+    (home_of_both / "base/onnx/link").symlink_to(home_of_both.parent / "secret")
+    error = refused(home_of_both, verify=verify)
     assert isinstance(error, VerificationError)
 
 
-def test_weights_that_the_manifest_does_not_list_are_refused(copy: Path) -> None:
-    change_manifest(copy, lambda raw: raw["files"].pop("base/onnx/model.onnx.data"))
-    assert "no digest for base/onnx/model.onnx.data" in str(refused(copy))
+def test_weights_that_the_manifest_does_not_list_are_refused(home_of_both: Path) -> None:
+    change_manifest(home_of_both, lambda raw: raw["files"].pop("base/onnx/model.onnx.data"))
+    assert "no digest for base/onnx/model.onnx.data" in str(refused(home_of_both))
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "genai_config.json", "model.onnx.data"])
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_missing_file_is_named(file: str, verify: bool, copy: Path) -> None:
-    (copy / "base/onnx" / file).unlink()
-    assert file in str(refused(copy, verify=verify))
+def test_a_missing_file_is_named(file: str, verify: bool, home_of_both: Path) -> None:
+    (home_of_both / "base/onnx" / file).unlink()
+    assert file in str(refused(home_of_both, verify=verify))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"model": {"context_length": "x", "decoder": {}}}', "\xff"])
-def test_a_damaged_config_is_refused(text: str, copy: Path) -> None:
-    (copy / "base/onnx/genai_config.json").write_text(text, encoding="latin-1")
-    assert isinstance(refused(copy, verify=False), VerificationError)
+def test_a_damaged_config_is_refused(text: str, home_of_both: Path) -> None:
+    (home_of_both / "base/onnx/genai_config.json").write_text(text, encoding="latin-1")
+    assert isinstance(refused(home_of_both, verify=False), VerificationError)
 
 
-def test_a_valid_graph_that_onnxruntime_refuses_is_a_one_line_error(copy: Path) -> None:
-    path = copy / "base/onnx/model.onnx"
+def test_a_valid_graph_that_onnxruntime_refuses_is_a_one_line_error(home_of_both: Path) -> None:
+    path = home_of_both / "base/onnx/model.onnx"
     model = onnx.load(path, load_external_data=False)
     model.graph.node[5].op_type = "NoSuchOperator"
     onnx.save(model, path)
-    sign(copy)
-    error = refused(copy)
+    sign(home_of_both)
+    error = refused(home_of_both)
     assert isinstance(error, VerificationError)
     assert "NoSuchOperator" in str(error)
 

@@ -26,8 +26,8 @@ def routed(bundle: Path, below: str = "base") -> Path:
 
 
 @pytest.fixture
-def home(bundle: Path, tmp_path: Path) -> Path:
-    return routed(Path(shutil.copytree(bundle, tmp_path / "home")))
+def home(home: Path) -> Path:
+    return routed(home)
 
 
 def test_the_router_chooses_the_adapter_of_each_prompt(home: Path) -> None:
