@@ -13,6 +13,8 @@ import httpx
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.log import AnswerLog
+from edgetune_runtime.inference import following
+from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.server.answering import Serving
 from edgetune_runtime.server.binding import bind, url_of
@@ -96,6 +98,14 @@ def start(bundle: Path) -> Iterator[Start]:
     """`start(bundle, access=, limits=, …)` starts a server as `started` does."""
     with ExitStack() as stack:
         yield lambda folder=bundle, **options: stack.enter_context(started(folder, **options))
+
+
+@pytest.fixture
+def fewer(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bundle without `tone`, to switch to: servers look for another version every 20 ms."""
+    monkeypatch.setattr(following, "_WATCH_S", 0.02)
+    remove_from_bundle(home, "tone")
+    return home
 
 
 @pytest.fixture(scope="module")

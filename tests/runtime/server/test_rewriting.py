@@ -15,9 +15,7 @@ import ollama
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.inference import following
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
-from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from edgetune_runtime.server import rewriting
 from edgetune_runtime.server.answering import Answering, Serving
 from edgetune_runtime.server.rewriting import Rewriter
@@ -273,22 +271,15 @@ def test_the_name_of_another_model_is_refused(bundle: Path, folder: Path) -> Non
 
 
 def test_a_new_adapter_with_the_name_of_a_rewriter_is_hidden_by_it(
-    bundle: Path,
-    home: Path,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    bundle: Path, fewer: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(following, "_WATCH_S", 0.02)
     prefix = tmp_path / "device"
-    remove_from_bundle(home, "tone")
     rewriters = [Rewriter.load("tone=shortened:rewrite", folder)]
-    path = switch_to(prefix, "a" * 16, home)
+    path = switch_to(prefix, "a" * 16, fewer)
     with started(path, rewriters=rewriters, contexts=1) as server:
         for version, has_tone in (("b", True), ("c", False), ("d", True)):
             caplog.clear()
-            switch_to(prefix, version * 16, bundle if has_tone else home)
+            switch_to(prefix, version * 16, bundle if has_tone else fewer)
             wait_for(lambda has=has_tone: ("tone" in server.runtime.adapters) == has)
             wait_for(lambda has=has_tone: ("a --rewrite has its name" in caplog.text) == has)
             listed = [model["id"] for model in server.client.get("/v1/models").json()["data"]]

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.inference import following
-from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Running, Start
 from runtime.server.test_health import CHAT
@@ -14,27 +12,20 @@ from waiting import wait_for
 
 
 def test_a_server_takes_over_the_version_that_its_path_is_switched_to(
-    bundle: Path,
-    home: Path,
-    tmp_path: Path,
-    start: Start,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    bundle: Path, fewer: Path, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(following, "_WATCH_S", 0.02)
     prefix = tmp_path / "device"
-    remove_from_bundle(home, "tone")
     server = start(switch_to(prefix, "a" * 16, bundle))
     assert ask(server, "tone") == 200
-    switch_to(prefix, "b" * 16, home)
+    switch_to(prefix, "b" * 16, fewer)
     wait_for(lambda: ask(server, "tone") == 404)
-    assert server.client.get("/healthz").json()["bundle"] == sha256_of(home / "manifest.json")
+    assert server.client.get("/healthz").json()["bundle"] == sha256_of(fewer / "manifest.json")
     assert ask(server, "command") == 200
-    change_manifest(home, lambda raw: raw["base"].update(quantization="q4_0"))
-    switch_to(prefix, "c" * 16, home)
+    change_manifest(fewer, lambda raw: raw["base"].update(quantization="q4_0"))
+    switch_to(prefix, "c" * 16, fewer)
     wait_for(lambda: "has another base than before; open it again, or restart the server" in caplog.text)
     assert ask(server, "command") == 200
-    assert server.client.get("/healthz").json()["bundle"] != sha256_of(home / "manifest.json")
+    assert server.client.get("/healthz").json()["bundle"] != sha256_of(fewer / "manifest.json")
     assert caplog.text.count("has another base than before") == 1
 
 
