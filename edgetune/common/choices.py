@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-_MAX_CHOICES = 50
+MAX_CHOICES = 50
 _MIN_REPEATS = 5
 """Occurrences per distinct value before a list of values counts as complete."""
 
 
 def is_complete(values: Counter[str]) -> bool:
     """Whether these are probably all values that occur."""
-    is_few = 0 < len(values) <= _MAX_CHOICES and values.total() >= _MIN_REPEATS * len(values)
+    is_few = 0 < len(values) <= MAX_CHOICES and values.total() >= _MIN_REPEATS * len(values)
     return is_few and "" not in values and min(values.values()) > 1

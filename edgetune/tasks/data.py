@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edgetune_runtime.decoding.prompt_texts import texts_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, messages_for, text_of
 from edgetune_runtime.tools.calls import answer_text
@@ -65,6 +66,11 @@ class TaskRow:
     def prompt(self) -> str:
         """Its last turn before the answer, or its text."""
         return str(self.messages[-1]["content"]) if self.messages else self.text or ""
+
+    @property
+    def said(self) -> list[str]:
+        """What a constraint takes the texts of the prompt from, as the runtime does."""
+        return texts_of(self.messages or ())
 
     @property
     def system(self) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.decoding.prompt_texts import FROM_PROMPT
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of
 
@@ -15,7 +16,7 @@ from edgetune.common.progress import Progress
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 
-from .infer import infer, rejected, spacing_of
+from .infer import infer, problem_of, rejected, spacing_of
 
 
 def output_of_task(task: Task) -> OutputSpec | None:
@@ -39,41 +40,52 @@ def write_inferred(name: str, output: OutputSpec | None, folder: Path, progress:
     folder.mkdir(parents=True, exist_ok=True)
     stored = output.to_json()
     path.write_text(json.dumps(stored["schema"] if output.kind == "schema" else stored, indent=2), encoding="utf-8")
-    progress.say(f"{name}: answers are constrained by the {output.kind} inferred from the rows, see {path}")
+    strings = output.text.count(FROM_PROMPT)
+    note = f", {strings} kinds of strings to texts of the prompt" if strings else ""
+    progress.say(f"{name}: answers are constrained by the {output.kind} inferred from the rows{note}, see {path}")
 
 
 def _inferred(task: Task) -> OutputSpec | None:
     """What all answers suggest. Copies of rows would make values look complete, so only those with new ones count."""
-    answers = _all_answers((*task.train, *task.validation))
-    output = infer(answers)
-    copied = _all_answers([copy.row for copy in task.copies])
-    new = [] if output is None else rejected(output, copied)
-    return infer([*answers, *(copied[place] for place in new)]) if new else output
+    rows, copies = _all_answers((*task.train, *task.validation)), _all_answers([copy.row for copy in task.copies])
+    output = _of_rows(rows)
+    new = [] if output is None else rejected(output, [row.completion or "" for row in copies])
+    return _of_rows([*rows, *(copies[place] for place in new)]) if new else output
+
+
+def _of_rows(rows: Sequence[TaskRow]) -> OutputSpec | None:
+    return infer([row.completion or "" for row in rows], [row.said for row in rows])
 
 
 def _check_rows(task: Task, spec: OutputSpec | None) -> None:
-    rows = _answered((*task.trained_rows, *task.validation))
+    rows, copies = _answered((*task.train, *task.validation)), _answered([copy.row for copy in task.copies])
     calling = next((row for row in rows if row.tools is not None), None)
     if calling is not None:
         message = f"adapters.{task.name}.output: {calling.where} has tools, whose schemas constrain the answers"
         raise UsageError(message, "leave output out")
     if spec is None:
         return
-    wrong = [rows[place] for place in rejected(spec, (row.completion or "" for row in rows))]
+    # A copy may say a value in other words than its answer.
+    of_copies = [copies[place] for place in rejected(spec, (row.completion or "" for row in copies))]
+    wrong = [*(row for row in rows if problem_of(spec, row)), *of_copies]
     if wrong:
         examples = first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in wrong])
         broken, remedy = f"break the {spec.kind}", "correct these rows or the output"
-        if not rejected(replace(spec, spacing="any"), (row.completion or "" for row in wrong)):
+        if not rejected(spec, (row.completion or "" for row in wrong)):
+            broken = f"have a text that their prompt lacks, where {FROM_PROMPT} is true"
+            remedy = f"correct these rows, or leave {FROM_PROMPT} out"
+        elif not any(problem_of(replace(spec, spacing="any"), row) for row in wrong):
             broken = f"are JSON with another spacing than {spec.spacing}"
-            spacing = spacing_of([row.completion or "" for row in rows])
+            spacing = spacing_of([row.completion or "" for row in (*rows, *copies)])
             remedy = f"set spacing: {spacing}, or write all rows with spacing {spec.spacing}"
-        message = f"adapters.{task.name}.output: {len(wrong)} of {len(rows)} completions {broken}: {examples}"
+        count = len(rows) + len(copies)
+        message = f"adapters.{task.name}.output: {len(wrong)} of {count} completions {broken}: {examples}"
         raise UsageError(message, remedy)
 
 
-def _all_answers(rows: Sequence[TaskRow]) -> list[str]:
+def _all_answers(rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The answers of these rows, those before the last turn too, since they are learned as well."""
-    return [each.completion or "" for row in _answered(rows) for each in row.answers]
+    return [each for row in _answered(rows) for each in row.answers]
 
 
 def _answered(rows: Sequence[TaskRow]) -> list[TaskRow]:

@@ -13,7 +13,7 @@ from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import is_deeper, json_or_none
 from edgetune_runtime.wording import first_of
 
-from edgetune.building.outputs.infer import MOST_LEVELS, infer, rejected
+from edgetune.building.outputs.infer import MOST_LEVELS, infer, problem_of
 from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.augmentation.slots import has_value
@@ -50,8 +50,9 @@ def _other_forms(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
         if item.row.turn is not None and (problem := bad_call(item.row)):
             yield Finding.of(MISFIT, [item], problem)
     if spec is not None:
-        for place in rejected(spec, (item.row.completion or "" for item in answered)):
-            yield Finding.of(MISFIT, [answered[place]], f"breaks the {spec.kind} of the recipe")
+        for item in answered:
+            if problem := problem_of(spec, item.row):
+                yield Finding.of(MISFIT, [item], problem)
     elif task.metric == "label":
         yield from _other_case(task.labels, answered)
         if lists := [item for item in answered if is_list(item.row.completion or "")]:

@@ -218,7 +218,7 @@ class Lesson:
         if any(reply.is_cut_off for reply in replies):
             return _LeftOut(_CUT_OFF, answers)
         row = row_of(self._columns, system, prompt, answers[0])
-        if row is None or not all(map(self._fits, answers)):
+        if row is None or not all(self._fits(answer, prompt) for answer in answers):
             return _LeftOut("answers that do not fit the task", answers)
         if len({*map(answer_key, answers)}) > 1:
             return _LeftOut("answers that disagree", answers)
@@ -235,10 +235,12 @@ class Lesson:
         value = json_or_none(unfenced(answer))
         return answer if style is None or value is None else json.dumps(value, **style)
 
-    def _fits(self, answer: str) -> bool:
+    def _fits(self, answer: str, prompt: str) -> bool:
         if self.task.labels:
             return answer in self.task.labels
-        return bool(answer) and _is_text(answer) and (self.output is None or self.output.accepts(answer))
+        if not answer or not _is_text(answer):
+            return False
+        return self.output is None or self.output.for_prompt([prompt]).accepts(answer)
 
 
 def _first_number(out: Path) -> int:

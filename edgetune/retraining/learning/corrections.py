@@ -15,7 +15,7 @@ from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.tools.formats import SEPARATORS
 from edgetune_runtime.wording import shortened, suggestion
 
-from edgetune.building.outputs.infer import spacing_of
+from edgetune.building.outputs.infer import problem_of, spacing_of
 from edgetune.curation.checking.answers import bad_call
 from edgetune.recipe.parts import Metric
 from edgetune.tasks import metrics
@@ -109,6 +109,4 @@ def problem_with(row: TaskRow, metric: Metric, labels: Sequence[str], output: Ou
         return None if broken is None else f"cannot be an answer: {broken}"
     if metric == "label" and answer.strip() not in labels:
         return f"is not one of the labels; {suggestion(answer, labels)}"
-    if output is not None and not output.accepts(answer):
-        return f"breaks the {output.kind} of the recipe"
-    return None
+    return None if output is None else problem_of(output, row)

@@ -10,7 +10,6 @@ from edgetune_runtime.limits import no_limits
 
 from .child_compiler import may_be_expensive
 from .constraint import Constraint
-from .library import compile_grammar, refusal
 from .output import OutputSpec
 from .single_flight import SingleFlightCache
 from .vocabulary import GrammarVocabulary
@@ -24,7 +23,8 @@ class Grammars:
 
     Reads the base's vocabulary: 0.11 s and 14 MB for 49,152 tokens, 0.75 s and 63 MB for 262,144 (one x86-64 core),
     most of it in llguidance with the GIL held, which cannot store the result. All answers of one form share the states
-    of its automaton, so later ones compute less. Only calls with a form that is being compiled wait for it.
+    of its automaton, so later ones compute less, unless it has texts of the prompt: such forms are compiled for each
+    answer. Only calls with a form that is being compiled wait for it.
     IncompatibleError when llguidance is not installed.
     """
 
@@ -42,20 +42,18 @@ class Grammars:
         return Constraint(self._start(spec, check), self._vocabulary, lambda: self._restart(spec))
 
     def _start(self, spec: OutputSpec, check: Callable[[], None] = no_limits) -> Any:  # noqa: ANN401 - a matcher
-        compiled = self._compiled(spec).get(spec.digest, lambda: self._compile(spec, check), check)
+        handle = self._vocabulary.handle
+        if spec.texts:
+            return spec.compiled(handle, check)
+        compiled = self._compiled(spec).get(spec.digest, lambda: spec.compiled(handle, check), check)
         # A copy shares the automaton.
         return compiled.deep_copy()
 
     def _restart(self, spec: OutputSpec) -> Any:  # noqa: ANN401 - llguidance's matcher
         """Like `_start`, with an automaton that has no states of other answers."""
-        self._compiled(spec).drop(spec.digest)
+        if not spec.texts:
+            self._compiled(spec).drop(spec.digest)
         return self._start(spec)
 
     def _compiled(self, spec: OutputSpec) -> SingleFlightCache[Any]:
         return self._expensive if may_be_expensive(spec.grammar) else self._cheap
-
-    def _compile(self, spec: OutputSpec, check: Callable[[], None]) -> Any:  # noqa: ANN401 - llguidance's matcher
-        matcher, error = compile_grammar(self._vocabulary.handle, spec.grammar, check)
-        if error:
-            raise refusal(spec.kind, spec.text, error)
-        return matcher

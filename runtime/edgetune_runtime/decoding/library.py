@@ -69,13 +69,15 @@ def byte_tokenizer() -> Any:  # noqa: ANN401 - of an optional module
 def compile_grammar(
     tokenizer: Any,  # noqa: ANN401 - of an optional module
     grammar: str,
+    tried: str,
     check: Callable[[], None] = no_limits,
 ) -> tuple[Any, str]:
     """A matcher at the beginning of an answer, and why it cannot be used, or ''. It holds the GIL only at the end.
 
-    Raises what `check` does, which is called while a grammar that may be expensive is tried in a child process.
+    `tried` is the grammar that is tried in a child process first if it may be expensive, this one or one like it.
+    Raises what `check` does, which is called meanwhile.
     """
-    reason = reason_against(grammar, check)
+    reason = reason_against(tried, check)
     if reason and UNKNOWN_TOKEN not in reason:
         return None, reason
     matcher = library().LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())

@@ -6,15 +6,17 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.limits import no_limits
 from edgetune_runtime.wording import shortened, suggestion
 
 from .library import UNKNOWN_TOKEN, byte_tokenizer, compile_grammar, library, one_line, refusal
+from .prompt_texts import reads_prompt, texts_in, with_texts, without_texts
 from .schema import check, closed
 
 KINDS = ("schema", "choices", "regex", "grammar")
@@ -36,13 +38,15 @@ class OutputSpec:
 
     `kind` is one of KINDS. `text` is the schema or the list of choices as JSON, or the regular expression (Rust's
     syntax) or Lark grammar itself. `spacing` is one of SPACINGS, for a schema. `model` is the pydantic class that the
-    schema came from; it makes `parse` return its objects, and is not stored. Make one with `output_of` or `from_json`.
+    schema came from; it makes `parse` return its objects, and is not stored. `texts` are those that strings from the
+    prompt may be, see `for_prompt`. Make one with `output_of` or `from_json`.
     """
 
     kind: str
     text: str
     spacing: str = "any"
     model: Any = field(default=None, compare=False)
+    texts: Sequence[str] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -52,10 +56,7 @@ class OutputSpec:
     @cached_property
     def _matcher(self) -> Any:  # noqa: ANN401 - llguidance's matcher
         """llguidance's matcher at the beginning of an answer, whose tokens are single bytes."""
-        matcher, error = compile_grammar(byte_tokenizer(), self.grammar)
-        if error:
-            raise refusal(self.kind, self.text, error)
-        return matcher
+        return self.compiled(byte_tokenizer())
 
     @cached_property
     def grammar(self) -> str:
@@ -63,8 +64,9 @@ class OutputSpec:
         if self.kind == "schema":
             options = {"json_allow_general_unicode_escapes": True, **SPACINGS[self.spacing]}
             try:
-                schema = json.dumps(closed(json.loads(self.text)))
-                return str(library().LLMatcher.grammar_from_json_schema(schema, overrides=options))
+                schema = closed(json.loads(self.text))
+                filled = with_texts(schema, self.texts) if self.texts else schema
+                return str(library().LLMatcher.grammar_from_json_schema(json.dumps(filled), overrides=options))
             except (ValueError, RecursionError) as error:
                 raise refusal(self.kind, self.text, str(error)) from error
         if self.kind == "regex":
@@ -75,8 +77,32 @@ class OutputSpec:
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """The JSON schema of the answers; None where another kind of output is asked for."""
-        return dict(json.loads(self.text)) if self.kind == "schema" else None
+        """The JSON schema of the answers to any prompt; None where another kind of output is asked for."""
+        return dict(without_texts(json.loads(self.text))) if self.kind == "schema" else None
+
+    @cached_property
+    def _reads_prompt(self) -> bool:
+        return self.kind == "schema" and reads_prompt(json.loads(self.text))
+
+    def for_prompt(self, prompt: Iterable[str]) -> OutputSpec:
+        """The constraint on an answer to these messages, of which `texts_of` names those to give.
+
+        Strings that are from the prompt are its `texts_in`. The constraint itself where there are no such strings, and
+        where the prompt is too long to have such texts, so that they are any strings.
+        """
+        return replace(self, texts=tuple(texts_in(prompt))) if self._reads_prompt else self
+
+    def compiled(self, tokenizer: Any, check: Callable[[], None] = no_limits) -> Any:  # noqa: ANN401 - of llguidance
+        """llguidance's matcher at the beginning of an answer; UsageError for what cannot be used.
+
+        Raises what `check` does, which is called while a grammar that may be expensive is tried in a child process.
+        """
+        # The texts of a prompt are bounded, so the grammar without them is tried.
+        tried = replace(self, texts=()).grammar if self.texts else self.grammar
+        matcher, error = compile_grammar(tokenizer, self.grammar, tried, check)
+        if error:
+            raise refusal(self.kind, self.text, error)
+        return matcher
 
     def accepts(self, text: str) -> bool:
         """Whether an answer may be exactly this text; IncompatibleError when llguidance is not installed."""
@@ -156,7 +182,7 @@ def output_of(**constraint: Any) -> OutputSpec:  # noqa: ANN401 - as `spec_of`
     IncompatibleError when llguidance is not installed.
     """
     spec = spec_of(**constraint)
-    error = compile_grammar(byte_tokenizer(), spec.grammar)[1]
+    error = compile_grammar(byte_tokenizer(), spec.grammar, spec.grammar)[1]
     # Only a base has control tokens.
     if error and UNKNOWN_TOKEN not in error:
         raise refusal(spec.kind, spec.text, error)
@@ -175,6 +201,7 @@ def _schema_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
             raise UsageError(f"schema is a {type(value).__name__}, not a JSON object", _GIVE_SCHEMA)
         text = _bounded(json.dumps(value, allow_nan=False))
         check(value)
+        reads_prompt(value)
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"schema is not JSON: {one_line(str(error))}", _GIVE_SCHEMA) from error
     return text

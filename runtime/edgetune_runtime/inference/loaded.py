@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from edgetune_runtime.bundle import AUTO, GENERATE, AdapterEntry, Manifest, NewAdapter, files_of, without_adapter
+from edgetune_runtime.decoding.prompt_texts import texts_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.serving.adapters import LoadedAdapters, MergedPool
@@ -170,7 +171,8 @@ class LoadedBundle:
                         check=check,
                     )
                 # Merged models have the base's vocabulary.
-                reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
+                texts = texts_of(messages or messages_for(prompt, None))
+                reader, constraint = self._constraints.of(tokenizer, output, form.tools, texts, check)
         except Stopped as stopped:
             return replace(call, stopped=stopped.reason, prepared_s=time.perf_counter() - begin)
         tokens = prepared.tokens

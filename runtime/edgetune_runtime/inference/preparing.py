@@ -104,13 +104,18 @@ class Constraints:
         self._grammars: SingleFlightCache[Grammars] = SingleFlightCache(1)
 
     def of(
-        self, tokenizer: Tokenizer, output: OutputSpec | None, tools: ToolSet | None, check: Check
+        self,
+        tokenizer: Tokenizer,
+        output: OutputSpec | None,
+        tools: ToolSet | None,
+        texts: Sequence[str],
+        check: Check,
     ) -> tuple[CallReader | None, Constraint | None]:
-        """The call parser and the output constraint; None for what the call does not need."""
+        """The call parser and the output constraint of an answer to these texts; None for what a call does not need."""
         if tools is not None:
             reader, spec = _calls(tokenizer, tools, output)
         elif output is not None:
-            reader, spec = None, output
+            reader, spec = None, output.for_prompt(texts)
         else:
             return None, None
         grammars = self._grammars.get("", lambda: Grammars(tokenizer))

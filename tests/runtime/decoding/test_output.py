@@ -4,7 +4,6 @@ import json
 from typing import Any, Literal
 
 import pytest
-from edgetune_runtime.decoding.library import byte_tokenizer, compile_grammar
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.errors import UsageError, VerificationError
 from pydantic import BaseModel
@@ -23,13 +22,6 @@ def nested(levels: int) -> dict[str, Any]:
 def chained(links: int) -> dict[str, Any]:
     links_ = {f"d{n}": required(next={"$ref": f"#/$defs/d{n + 1}"}) for n in range(links)}
     return {"$ref": "#/$defs/d0", "$defs": {**links_, f"d{links}": {"type": "string"}}}
-
-
-def fits(spec: OutputSpec, text: str) -> bool:
-    """Whether a text is a whole answer."""
-    matcher, error = compile_grammar(byte_tokenizer(), spec.grammar)
-    assert not error
-    return matcher.try_consume_tokens(list(text.encode())) == len(text.encode()) and matcher.is_accepting()
 
 
 @pytest.mark.parametrize(
@@ -97,8 +89,8 @@ def test_an_unusable_constraint_is_a_one_line_error(given: dict[str, Any], told:
 )  # fmt: skip
 def test_whitespace_is_bounded(spacing: str, wanted: list[str], unwanted: list[str]) -> None:
     spec = output_of(schema=PAIR, spacing=spacing)
-    assert [text for text in wanted if not fits(spec, text)] == []
-    assert [text for text in unwanted if fits(spec, text)] == []
+    assert [text for text in wanted if not spec.accepts(text)] == []
+    assert [text for text in unwanted if spec.accepts(text)] == []
 
 
 @pytest.mark.parametrize(
@@ -108,26 +100,26 @@ def test_whitespace_is_bounded(spacing: str, wanted: list[str], unwanted: list[s
 def test_text_of_any_language_fits_a_string_as_it_is_and_escaped(value: str) -> None:
     spec = output_of(schema=required(a={"type": "string", "maxLength": 2}))
     text = f'{{"a": "{value}"}}'
-    assert fits(spec, text)
+    assert spec.accepts(text)
     assert spec.parse(text) == json.loads(text)
 
 
 def test_objects_have_the_listed_properties_only_unless_the_schema_says_otherwise() -> None:
     other = '{"a": 1, "z": 2}'
-    assert not fits(output_of(schema=PAIR), other)
-    assert not fits(output_of(schema={"anyOf": [PAIR, {"type": "null"}]}), other)
-    assert fits(output_of(schema={**PAIR, "additionalProperties": {"type": "integer"}}), other)
-    assert fits(output_of(schema={**PAIR, "required": ["a", "z"]}), other)
-    assert fits(output_of(schema={"type": "object"}), other)
+    assert not output_of(schema=PAIR).accepts(other)
+    assert not output_of(schema={"anyOf": [PAIR, {"type": "null"}]}).accepts(other)
+    assert output_of(schema={**PAIR, "additionalProperties": {"type": "integer"}}).accepts(other)
+    assert output_of(schema={**PAIR, "required": ["a", "z"]}).accepts(other)
+    assert output_of(schema={"type": "object"}).accepts(other)
     both = {"allOf": [PAIR, {"type": "object", "properties": {"z": {"type": "integer"}}}]}
-    assert fits(output_of(schema=both), other)
+    assert output_of(schema=both).accepts(other)
 
 
 def test_a_tree_that_may_end_is_no_endless_schema() -> None:
     node = required(value={"type": "integer"}, children={"type": "array", "items": {"$ref": "#"}})
-    assert fits(output_of(schema=node), '{"value": 1, "children": [{"value": 2, "children": []}]}')
+    assert output_of(schema=node).accepts('{"value": 1, "children": [{"value": 2, "children": []}]}')
     either = required(value={"anyOf": [{"$ref": "#"}, {"type": "null"}]})
-    assert fits(output_of(schema=either), '{"value": {"value": null}}')
+    assert output_of(schema=either).accepts('{"value": {"value": null}}')
 
 
 def test_answers_are_parsed_by_the_form_that_was_given() -> None:

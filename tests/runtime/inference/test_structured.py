@@ -129,6 +129,21 @@ def test_an_adapters_constraint_applies_unless_the_call_is_unconstrained(formed:
     assert other.text == "green"
 
 
+def test_an_answer_has_texts_of_its_prompt_and_of_earlier_messages(formed: Path) -> None:
+    text = {"type": "string", "x-from-prompt": True}
+    form = {"type": "object", "properties": {"name": text}, "required": ["name"], "additionalProperties": False}
+    change_manifest(formed, lambda raw: raw["adapters"]["one"].update(output={"schema": form}))
+    talk = [("user", "alpha"), ("assistant", "beta"), ("user", "gamma")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    with Runtime.open(formed, disk_mb=0) as runtime:
+        for seed in range(5):
+            for options in ({}, {"raw": True}, {"schema": form}):
+                answer = runtime.generate(f"play {seed}", adapter="one", seed=seed, **options, **HOT)
+                assert answer.parsed["name"] in {"play", str(seed), f"play {seed}"}
+        names = {runtime.generate(messages, adapter="one", seed=seed, **HOT).parsed["name"] for seed in range(20)}
+    assert names == {"alpha", "beta", "gamma"}
+
+
 def test_the_vocabulary_is_read_by_the_first_constrained_call_or_by_warm(formed: Path) -> None:
     for read in (lambda runtime: runtime.warm(["one"]), lambda runtime: runtime.generate("play", regex="a")):
         with Runtime.open(formed, disk_mb=0) as runtime:

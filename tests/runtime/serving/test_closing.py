@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, UsageError
-from edgetune_runtime.decoding import grammars
+from edgetune_runtime.decoding import output
 from edgetune_runtime.events import Event
 from edgetune_runtime.inference.answer import Stream
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -184,15 +184,15 @@ def test_a_form_is_compiled_once_and_stops_no_call_with_another_form(
     open_: Callable[..., Runtime], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = open_(contexts=4)
-    compile_grammar, compiled, go = grammars.compile_grammar, [], threading.Event()
+    compile_grammar, compiled, go = output.compile_grammar, [], threading.Event()
 
-    def compile_slowly(tokenizer: Any, grammar: str, check: Any) -> tuple[Any, str]:  # noqa: ANN401 - llguidance's
+    def compile_slowly(tokenizer: Any, grammar: str, tried: str, check: Any) -> tuple[Any, str]:  # noqa: ANN401 - llguidance's
         compiled.append(grammar)
         if "slow" in grammar:
             go.wait(MOST_S)
-        return compile_grammar(tokenizer, grammar, check)
+        return compile_grammar(tokenizer, grammar, tried, check)
 
-    monkeypatch.setattr(grammars, "compile_grammar", compile_slowly)
+    monkeypatch.setattr(output, "compile_grammar", compile_slowly)
     slow = [threads.submit(runtime.generate, PROMPT, choices=["slow"], max_tokens=8) for _ in range(3)]
     wait_for(lambda: compiled)
     assert threads.submit(runtime.generate, PROMPT, choices=["red"], max_tokens=8).result(MOST_S).text == "red"

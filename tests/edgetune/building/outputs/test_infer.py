@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from edgetune_runtime.errors import UsageError
 
-from edgetune.building.outputs.infer import infer, rejected
+from edgetune.building.outputs.infer import infer, problem_of, rejected
+from edgetune.tasks.data import rows_of
 
 COMMANDS = [
     {"service": service, "room": room, **extra}
@@ -101,3 +102,81 @@ def test_an_answer_of_more_levels_than_a_schema_can_have_is_refused(levels: int)
     assert infer([nested(50)]) is not None
     with pytest.raises(UsageError, match=r"answer '{\"a\": .* has more than 50 levels of lists and objects; use fewer"):
         infer([nested(2), nested(levels)])
+
+
+TEXT = {"type": "string", "x-from-prompt": True}
+
+
+def string_of(said: list[tuple[str, str]], **options: bool) -> list[dict[str, Any]]:
+    """The schemas of a name that is one of some strings, each with its prompt."""
+    answers = [json.dumps({"name": name}, ensure_ascii=False, **options) for name, _ in said]
+    spec = infer(answers, [[prompt] for _, prompt in said])
+    assert spec is not None
+    schema = json.loads(spec.text)["properties"]["name"]
+    return list(schema.get("anyOf", [schema]))
+
+
+def played(count: int, first: int = 0) -> list[tuple[str, str]]:
+    return [(f"song {number}", f"play song {number} now") for number in range(first, first + count)]
+
+
+def test_strings_are_from_the_prompt_if_all_seen_once_are() -> None:
+    assert string_of(played(60)) == [TEXT]
+    assert string_of([*played(60), ("song x", "play song y")]) == [{"type": "string"}]
+    assert infer([json.dumps({"name": name}) for name, _ in played(60)]) == infer(['{"name": "a"}'])
+
+
+def test_few_values_are_listed_beside_the_texts_of_the_prompt() -> None:
+    seen = [*played(12), *[("radio", "put on some music")] * 3]
+    known, text = string_of(seen)
+    assert known["enum"] == sorted({name for name, _ in seen})
+    assert text == TEXT
+    assert string_of([*played(60), *[("radio", "put on some music")] * 3]) == [{"type": "string"}]
+
+
+def test_values_that_are_often_made_of_the_prompt_are_not_from_it() -> None:
+    made = [("living_room", "light in the living room")] * 2 + [("dining_room", "light in the dining room")] * 2
+    assert string_of([*played(12), *made])[-1] == {"type": "string"}
+    assert string_of([*played(12), *made[:2]])[-1] == TEXT
+
+
+@pytest.mark.parametrize(("rows", "unsaid", "is_said"), [(7, [], True), (6, [], False), (7, ["id"], False)])
+def test_fewer_than_ten_values_are_from_the_prompt_if_most_at_other_places_are(
+    rows: int, unsaid: list[str], is_said: bool
+) -> None:
+    said = [{key: f"{key} {number}" for key in ("song", "room", "day")} for number in range(rows)]
+    answers = [json.dumps({**row, **{key: f"{key}-{n}" for key in unsaid}}) for n, row in enumerate(said)]
+    spec = infer(answers, [[", ".join(row.values())] for row in said])
+    assert spec is not None
+    place = json.loads(spec.text)["properties"]["song"]
+    assert (TEXT in place.get("anyOf", [])) == is_said
+
+
+def test_strings_in_lists_are_from_the_prompt_and_escaped_ones_are_not() -> None:
+    names = [[f"ü {number}", f"é {number}"] for number in range(30)]
+    prompts = [["play " + " and ".join(pair)] for pair in names]
+    answers = [json.dumps({"names": pair}, ensure_ascii=False) for pair in names]
+    items = {"type": "array", "items": TEXT, "minItems": 1}
+    spec = infer(answers, prompts)
+    assert spec is not None
+    assert json.loads(spec.text)["properties"]["names"] == items
+    # The constraint writes texts as they are.
+    escaped = infer([json.dumps({"names": pair}) for pair in names], prompts)
+    assert escaped is not None
+    assert json.loads(escaped.text)["properties"]["names"] == {**items, "items": {"type": "string"}}
+
+
+def test_rows_that_break_a_constraint_are_judged_by_their_own_prompts() -> None:
+    answers = [json.dumps({"name": name}) for name, _ in played(60)]
+    spec = infer(answers, [[prompt] for _, prompt in played(60)])
+    assert spec is not None
+    rows = rows_of(
+        "rows", [(f"{n}", {"prompt": "play song 1", "completion": f'{{"name": "song {n}"}}'}) for n in (1, 2)]
+    )
+    assert rejected(spec, [row.completion or "" for row in rows]) == []
+    assert [problem_of(spec, row) for row in rows] == [
+        None,
+        "has a text that its prompt lacks, where x-from-prompt is true",
+    ]
+    (bad,) = rows_of("rows", [("3", {"prompt": "play song 1", "completion": '{"song": 1}'})])
+    assert problem_of(spec, bad) == "breaks the schema of the recipe"

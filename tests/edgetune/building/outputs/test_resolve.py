@@ -98,6 +98,23 @@ def test_an_output_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, outpu
         resolved(tmp_path, output)
 
 
+def test_rows_with_a_text_that_their_prompt_lacks_are_named(tmp_path: Path) -> None:
+    form = {"type": "object", "properties": {"name": {"type": "string", "x-from-prompt": True}}, "required": ["name"]}
+    rows = [{"prompt": f"play song {n}", "completion": {"name": f"song {n}"}} for n in range(60)]
+    assert resolved(tmp_path, {"schema": form}, rows)[0].schema["properties"] == {"name": {"type": "string"}}
+    inferred = resolved(tmp_path, "auto", rows)[0]
+    assert json.loads(inferred.text)["properties"] == form["properties"]
+    with pytest.raises(UsageError, match="60 of 60 completions are JSON with another spacing than compact"):
+        resolved(tmp_path, {"schema": form, "spacing": "compact"}, rows)
+    rows[3]["completion"] = {"name": "song 4"}
+    message = (
+        r"1 of 60 completions have a text that their prompt lacks, where x-from-prompt is true: .*rows\.jsonl:4 .*; "
+        "correct these rows, or leave x-from-prompt out"
+    )
+    with pytest.raises(UsageError, match=message):
+        resolved(tmp_path, {"schema": form}, rows)
+
+
 def test_rows_with_tools_need_no_output(tmp_path: Path) -> None:
     tools = [{"name": "set_light"}]
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "set_light"}}]}

@@ -221,6 +221,12 @@ def test_answers_that_break_the_output_are_named(tmp_path: Path) -> None:
     bad = {"prompt": "dim the hall", "completion": {"do": "dim", "area": "hall"}}
     found = checked(tmp_path, [*ORDERS, bad], output={"schema": schema})
     assert [(f.where[0][-2:], f.note) for f in found.of_kind("misfit")] == [("21", "breaks the schema of the recipe")]
+    schema["properties"]["area"] = {"type": "string", "x-from-prompt": True}
+    found = checked(
+        tmp_path, [*ORDERS, {**bad, "completion": {"do": "on", "area": "attic"}}], output={"schema": schema}
+    )
+    note = "has a text that its prompt lacks, where x-from-prompt is true"
+    assert ("21", note) in [(f.where[0][-2:], f.note) for f in found.of_kind("misfit")]
 
 
 def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
