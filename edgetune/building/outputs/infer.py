@@ -99,8 +99,10 @@ class _Shape:
     @property
     def is_extraction(self) -> bool:
         """Whether nearly all strings that were seen once, here and below, are in their prompts."""
-        said = [shape.unsaid[value] == 0 for shape in self._shapes() for value in shape._seen_once]
-        return len(said) >= _ENOUGH_IN_ALL and sum(said) >= _MOSTLY * len(said)
+        shapes = list(self._shapes())
+        once = sum(len(shape._seen_once) for shape in shapes)
+        said = sum(len(shape._seen_once - shape._unsaid) for shape in shapes)
+        return once >= _ENOUGH_IN_ALL and said >= _MOSTLY * once
 
     def schema(self, is_extraction: bool) -> dict[str, Any]:
         """The JSON schema of all values; `is_extraction` is that of all places."""
@@ -114,8 +116,13 @@ class _Shape:
             yield from shape._shapes()
 
     @property
-    def _seen_once(self) -> list[str]:
-        return [value for value, count in self.strings.items() if count == 1]
+    def _seen_once(self) -> set[str]:
+        return {value for value, count in self.strings.items() if count == 1}
+
+    @property
+    def _unsaid(self) -> set[str]:
+        """The values that a row has whose prompt lacks them."""
+        return {value for value, count in self.unsaid.items() if count}
 
     def _add_object(self, value: dict[str, Any], texts: Collection[str]) -> None:
         # Not sets, whose order differs from process to process.
@@ -141,18 +148,15 @@ class _Shape:
             return [{"enum": sorted(self.strings)}]
         if not self._is_from_prompt(is_extraction):
             return [{"type": "string"}]
-        known = [{"enum": sorted(self.strings)}] if len(self.strings) <= MAX_CHOICES else []
-        return [*known, {"type": "string", FROM_PROMPT: True}]
+        others = [{"enum": sorted(self._unsaid)}] if self._unsaid else []
+        return [*others, {"type": "string", FROM_PROMPT: True}]
 
     def _is_from_prompt(self, is_extraction: bool) -> bool:
         """Whether strings that were not seen are probably texts of the prompt, as all are that were seen once."""
-        unsaid = self.unsaid.total()
-        if any(self.unsaid[value] for value in self._seen_once) or unsaid > _RARELY * self.strings.total():
+        if self._unsaid & self._seen_once:
             return False
-        # Of so many, not all are listed beside those of the prompt.
-        if len(self.strings) > MAX_CHOICES and unsaid:
-            return False
-        return is_extraction or len(self._seen_once) >= _ENOUGH
+        is_rare = self.unsaid.total() <= _RARELY * self.strings.total() and len(self._unsaid) <= MAX_CHOICES
+        return is_rare and (is_extraction or len(self._seen_once) >= _ENOUGH)
 
     def _object(self, is_extraction: bool) -> dict[str, Any]:
         """Keys come in the order of the schema, so this one needs an order that all rows agree with."""
