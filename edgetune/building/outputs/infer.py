@@ -148,8 +148,9 @@ class _Shape:
             return [{"enum": sorted(self.strings)}]
         if not self._is_from_prompt(is_extraction):
             return [{"type": "string"}]
-        others = [{"enum": sorted(self._unsaid)}] if self._unsaid else []
-        return [*others, {"type": "string", FROM_PROMPT: True}]
+        # A prompt may misspell a value that is known.
+        known = self.strings if len(self.strings) <= MAX_CHOICES else self._unsaid
+        return [*([{"enum": sorted(known)}] if known else []), {"type": "string", FROM_PROMPT: True}]
 
     def _is_from_prompt(self, is_extraction: bool) -> bool:
         """Whether strings that were not seen are probably texts of the prompt, as all are that were seen once."""

@@ -126,10 +126,10 @@ def test_strings_are_from_the_prompt_if_all_seen_once_are() -> None:
     assert infer([json.dumps({"name": name}) for name, _ in played(60)]) == infer(['{"name": "a"}'])
 
 
-def test_values_of_several_rows_that_a_prompt_lacks_are_listed_beside_its_texts() -> None:
-    unsaid = ("radio", "put on some music")
-    assert string_of([*played(12), unsaid, unsaid]) == [{"enum": ["radio"]}, TEXT]
-    assert string_of([*played(12), unsaid, ("radio", "radio on")]) == [{"enum": ["radio"]}, TEXT]
+def test_few_values_and_those_that_a_prompt_lacks_are_listed_beside_its_texts() -> None:
+    unsaid, songs = ("radio", "put on some music"), [name for name, _ in played(12)]
+    assert string_of([*played(12), unsaid, unsaid]) == [{"enum": sorted([*songs, "radio"])}, TEXT]
+    assert string_of([*played(50), unsaid, ("radio", "radio on")]) == [{"enum": ["radio"]}, TEXT]
     assert string_of([*played(12), unsaid]) == [{"type": "string"}]
     many = [(f"radio {number // 2}", "put on some music") for number in range(102)]
     assert string_of([*played(500), *many[:100]]) == [{"enum": sorted({name for name, _ in many[:100]})}, TEXT]
@@ -151,7 +151,8 @@ def test_fewer_than_ten_values_are_from_the_prompt_if_most_at_other_places_are(
     spec = infer(answers, [[", ".join(row.values())] for row in said])
     assert spec is not None
     place = json.loads(spec.text)["properties"]["song"]
-    assert place == (TEXT if is_said else {"type": "string"})
+    known = [{"enum": [row["song"] for row in said]}, TEXT]
+    assert place == ({"anyOf": known} if is_said else {"type": "string"})
 
 
 def test_strings_in_lists_are_from_the_prompt_and_escaped_ones_are_not() -> None:
