@@ -7,8 +7,9 @@ the rows suggest that new values are.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -25,18 +26,24 @@ from edgetune.tasks.data import TaskRow
 
 MOST_LEVELS = 50
 """Of lists and objects in an answer: llguidance takes schemas of about 64."""
-_ENOUGH, _ENOUGH_IN_ALL = 10, 20
-"""Values seen once at one place, or at all places, from which it shows whether new values are from the prompt."""
+_ESCAPE = r"\u"
+_PART = re.compile(r", (?:copy|message) [0-9]+")
+"""What follows where a row is, in `where` of its copies and earlier answers."""
+_ENOUGH = 30
+"""Values of one row at one place, or at all places, from which it shows whether new values are from the prompt."""
 _MOSTLY = 0.9
-"""Share of the values seen once at all places that are in their prompts, if a place of fewer is thought to be alike."""
+"""Share of the values of one row, at all places, that are in their prompts, if a place of fewer is thought to be alike.
+"""
 _RARELY = 0.2
 """Share of a place's values that may not be in their prompts: others are made of what the prompt says."""
+_WRONG = 0.02
+"""Share of a place's values of one row that may not be in their prompts, as some rows are wrong."""
 
 
-def infer(answers: Sequence[str], prompts: Sequence[Sequence[str]] | None = None) -> OutputSpec | None:
+def infer(answers: Sequence[str], rows: Sequence[TaskRow] | None = None) -> OutputSpec | None:
     """The constraint that these answers suggest; None for free text. UsageError for one of more than 50 levels.
 
-    Strings may be texts of the prompt only if `prompts` are given, the messages before each answer.
+    Strings may be texts of the prompt only if the `rows` of the answers are given.
     """
     parsed = [json_or_none(answer) for answer in answers]
     if parsed and all(isinstance(value, dict | list) for value in parsed):
@@ -45,8 +52,7 @@ def infer(answers: Sequence[str], prompts: Sequence[Sequence[str]] | None = None
             if is_deeper(value, MOST_LEVELS):
                 message = f"answer {shortened(answer)!r} has more than {MOST_LEVELS} levels of lists and objects"
                 raise UsageError(message, "use fewer, or no `output: auto`")
-            # A constraint writes texts of the prompt as they are, without escapes of letters.
-            shape.add(value, () if prompts is None or r"\u" in answer else texts_in(prompts[place]))
+            shape.add(value, _Seen() if rows is None else _Seen.in_row(rows[place]))
         return output_of(schema=shape.schema(shape.is_extraction), spacing=spacing_of(answers))
     values = Counter(answers)
     return output_of(choices=sorted(values)) if is_complete(values) else None
@@ -68,6 +74,20 @@ def _written(value: object, separators: tuple[str, str]) -> tuple[str, str]:
     )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Where an answer was seen: the row, which copies and answers of one conversation share, and the prompt's texts."""
+
+    row: str = ""
+    texts: Mapping[str, None] = field(default_factory=dict)
+
+    @classmethod
+    def in_row(cls, row: TaskRow) -> _Seen:
+        # A constraint writes texts of the prompt as they are, without escapes of letters.
+        texts = {} if _ESCAPE in (row.completion or "") else texts_in(row.said)
+        return cls(_PART.split(row.where)[0], texts)
+
+
 @dataclass
 class _Shape:
     """What was seen at one place of the answers."""
@@ -75,34 +95,36 @@ class _Shape:
     kinds: Counter[str] = field(default_factory=Counter)
     strings: Counter[str] = field(default_factory=Counter)
     unsaid: Counter[str] = field(default_factory=Counter)
+    only_row: dict[str, str | None] = field(default_factory=dict)
     properties: dict[str, _Shape] = field(default_factory=dict)
     present: Counter[str] = field(default_factory=Counter)
     before: dict[str, dict[str, None]] = field(default_factory=dict)
     items: _Shape | None = None
     is_empty_seen: bool = False
 
-    def add(self, value: Any, texts: Collection[str]) -> None:  # noqa: ANN401 - any JSON value
-        """Take one more value into account, of an answer to a prompt with these texts."""
+    def add(self, value: Any, seen: _Seen) -> None:  # noqa: ANN401 - any JSON value
+        """Take one more value into account."""
         kind = _KINDS[type(value)]
         self.kinds[kind] += 1
         if isinstance(value, str):
             self.strings[value] += 1
-            self.unsaid[value] += value not in texts
+            self.unsaid[value] += value not in seen.texts
+            self.only_row[value] = seen.row if self.only_row.get(value, seen.row) == seen.row else None
         elif isinstance(value, dict):
-            self._add_object(value, texts)
+            self._add_object(value, seen)
         elif isinstance(value, list):
             self.items = self.items or _Shape()
             self.is_empty_seen = self.is_empty_seen or not value
             for item in value:
-                self.items.add(item, texts)
+                self.items.add(item, seen)
 
     @property
     def is_extraction(self) -> bool:
-        """Whether nearly all strings that were seen once, here and below, are in their prompts."""
+        """Whether nearly all strings that one row has, here and below, are in their prompts."""
         shapes = list(self._shapes())
-        once = sum(len(shape._seen_once) for shape in shapes)
-        said = sum(len(shape._seen_once - shape._unsaid) for shape in shapes)
-        return once >= _ENOUGH_IN_ALL and said >= _MOSTLY * once
+        single = sum(len(shape._of_one_row) for shape in shapes)
+        said = sum(len(shape._of_one_row - shape._unsaid) for shape in shapes)
+        return single >= _ENOUGH and said >= _MOSTLY * single
 
     def schema(self, is_extraction: bool) -> dict[str, Any]:
         """The JSON schema of all values; `is_extraction` is that of all places."""
@@ -116,19 +138,19 @@ class _Shape:
             yield from shape._shapes()
 
     @property
-    def _seen_once(self) -> set[str]:
-        return {value for value, count in self.strings.items() if count == 1}
+    def _of_one_row(self) -> set[str]:
+        return {value for value, row in self.only_row.items() if row is not None}
 
     @property
     def _unsaid(self) -> set[str]:
         """The values that a row has whose prompt lacks them."""
         return {value for value, count in self.unsaid.items() if count}
 
-    def _add_object(self, value: dict[str, Any], texts: Collection[str]) -> None:
+    def _add_object(self, value: dict[str, Any], seen: _Seen) -> None:
         # Not sets, whose order differs from process to process.
         previous: dict[str, None] = {}
         for key, item in value.items():
-            self.properties.setdefault(key, _Shape()).add(item, texts)
+            self.properties.setdefault(key, _Shape()).add(item, seen)
             self.present[key] += 1
             self.before.setdefault(key, {}).update(previous)
             previous = {key: None}
@@ -153,11 +175,13 @@ class _Shape:
         return [*([{"enum": sorted(known)}] if known else []), {"type": "string", FROM_PROMPT: True}]
 
     def _is_from_prompt(self, is_extraction: bool) -> bool:
-        """Whether strings that were not seen are probably texts of the prompt, as all are that were seen once."""
-        if self._unsaid & self._seen_once:
+        """Whether strings that were not seen are probably texts of the prompt, as those are that one row has."""
+        single, unsaid = self._of_one_row, self._unsaid
+        if len(single & unsaid) > _WRONG * len(single) or len(unsaid) > MAX_CHOICES:
             return False
-        is_rare = self.unsaid.total() <= _RARELY * self.strings.total() and len(self._unsaid) <= MAX_CHOICES
-        return is_rare and (is_extraction or len(self._seen_once) >= _ENOUGH)
+        if self.unsaid.total() > _RARELY * self.strings.total():
+            return False
+        return len(single) >= _ENOUGH or (is_extraction and not unsaid)
 
     def _object(self, is_extraction: bool) -> dict[str, Any]:
         """Keys come in the order of the schema, so this one needs an order that all rows agree with."""
@@ -203,8 +227,25 @@ def rejected(spec: OutputSpec, answers: Iterable[str]) -> list[int]:
 def problem_of(spec: OutputSpec, row: TaskRow) -> str | None:
     """How the row's answer breaks the recipe's constraint on answers to its prompt."""
     answer = row.completion or ""
-    if spec.for_prompt(row.said).accepts(answer):
+    if not spec.accepts(answer):
+        return f"breaks the {spec.kind} of the recipe"
+    texts = spec.for_prompt(row.said).texts
+    # Those that the answer does not have make no difference, but for the time that all of them take.
+    own = _strings(json_or_none(answer))
+    if spec.with_texts([text for text in texts if text in own] or texts[:1]).accepts(answer):
         return None
-    if spec.accepts(answer):
-        return f"has a text that its prompt lacks, where {FROM_PROMPT} is true"
-    return f"breaks the {spec.kind} of the recipe"
+    if _ESCAPE in answer:
+        return rf"writes a text of the prompt with {_ESCAPE} escapes, where {FROM_PROMPT} is true"
+    return f"has a text that its prompt lacks, where {FROM_PROMPT} is true"
+
+
+def unsaid_strings(row: TaskRow) -> set[str]:
+    """The strings of an answer in JSON that are no texts of its prompt."""
+    return _strings(json_or_none(row.completion or "")) - _Seen.in_row(row).texts.keys()
+
+
+def _strings(value: object) -> set[str]:
+    if isinstance(value, str):
+        return {value}
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set().union(*map(_strings, parts))

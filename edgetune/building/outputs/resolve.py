@@ -16,7 +16,7 @@ from edgetune.common.progress import Progress
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 
-from .infer import infer, problem_of, rejected, spacing_of
+from .infer import infer, problem_of, rejected, spacing_of, unsaid_strings
 
 
 def output_of_task(task: Task) -> OutputSpec | None:
@@ -40,21 +40,24 @@ def write_inferred(name: str, output: OutputSpec | None, folder: Path, progress:
     folder.mkdir(parents=True, exist_ok=True)
     stored = output.to_json()
     path.write_text(json.dumps(stored["schema"] if output.kind == "schema" else stored, indent=2), encoding="utf-8")
-    strings = output.text.count(FROM_PROMPT)
-    note = f", {strings} kinds of strings to texts of the prompt" if strings else ""
-    progress.say(f"{name}: answers are constrained by the {output.kind} inferred from the rows{note}, see {path}")
+    strings = output.text.count(f'"{FROM_PROMPT}": true')
+    note = f"; {strings} of its strings must be texts of the prompt" if strings else ""
+    progress.say(f"{name}: answers are constrained by the {output.kind} inferred from the rows, see {path}{note}")
 
 
 def _inferred(task: Task) -> OutputSpec | None:
     """What all answers suggest. Copies of rows would make values look complete, so only those with new ones count."""
     rows, copies = _all_answers((*task.train, *task.validation)), _all_answers([copy.row for copy in task.copies])
     output = _of_rows(rows)
-    new = [] if output is None else rejected(output, [row.completion or "" for row in copies])
-    return _of_rows([*rows, *(copies[place] for place in new)]) if new else output
+    if output is None:
+        return None
+    known = set().union(*map(unsaid_strings, rows))
+    new = [row for row in copies if not output.accepts(row.completion or "") or not unsaid_strings(row) <= known]
+    return _of_rows([*rows, *new]) if new else output
 
 
 def _of_rows(rows: Sequence[TaskRow]) -> OutputSpec | None:
-    return infer([row.completion or "" for row in rows], [row.said for row in rows])
+    return infer([row.completion or "" for row in rows], rows)
 
 
 def _check_rows(task: Task, spec: OutputSpec | None) -> None:
@@ -74,7 +77,7 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
         if not rejected(spec, (row.completion or "" for row in wrong)):
             broken = f"have a text that their prompt lacks, where {FROM_PROMPT} is true"
             remedy = f"correct these rows, or leave {FROM_PROMPT} out"
-        elif not any(problem_of(replace(spec, spacing="any"), row) for row in wrong):
+        elif not rejected(replace(spec, spacing="any"), (row.completion or "" for row in wrong)):
             broken = f"are JSON with another spacing than {spec.spacing}"
             spacing = spacing_of([row.completion or "" for row in (*rows, *copies)])
             remedy = f"set spacing: {spacing}, or write all rows with spacing {spec.spacing}"

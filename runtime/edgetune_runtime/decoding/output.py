@@ -39,7 +39,8 @@ class OutputSpec:
     `kind` is one of KINDS. `text` is the schema or the list of choices as JSON, or the regular expression (Rust's
     syntax) or Lark grammar itself. `spacing` is one of SPACINGS, for a schema. `model` is the pydantic class that the
     schema came from; it makes `parse` return its objects, and is not stored. `texts` are those that strings from the
-    prompt may be, see `for_prompt`. Make one with `output_of` or `from_json`.
+    prompt may be, and `general` is the constraint without them, see `for_prompt`. Make one with `output_of` or
+    `from_json`.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class OutputSpec:
     spacing: str = "any"
     model: Any = field(default=None, compare=False)
     texts: Sequence[str] = ()
+    general: OutputSpec | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def digest(self) -> str:
@@ -64,9 +66,8 @@ class OutputSpec:
         if self.kind == "schema":
             options = {"json_allow_general_unicode_escapes": True, **SPACINGS[self.spacing]}
             try:
-                schema = closed(json.loads(self.text))
-                filled = with_texts(schema, self.texts) if self.texts else schema
-                return str(library().LLMatcher.grammar_from_json_schema(json.dumps(filled), overrides=options))
+                schema = self._closed if self.general is None else with_texts(self.general._closed, self.texts)
+                return str(library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
             except (ValueError, RecursionError) as error:
                 raise refusal(self.kind, self.text, str(error)) from error
         if self.kind == "regex":
@@ -75,10 +76,14 @@ class OutputSpec:
         # In JSON, so that a grammar that begins with a brace is not taken for one of llguidance's own format.
         return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
+    @cached_property
+    def _closed(self) -> dict[str, Any]:
+        return closed(json.loads(self.text))
+
     @property
     def schema(self) -> dict[str, Any] | None:
         """The JSON schema of the answers to any prompt; None where another kind of output is asked for."""
-        return dict(without_texts(json.loads(self.text))) if self.kind == "schema" else None
+        return without_texts(json.loads(self.text)) if self.kind == "schema" else None
 
     @cached_property
     def _reads_prompt(self) -> bool:
@@ -90,16 +95,21 @@ class OutputSpec:
         Strings that are from the prompt are its `texts_in`. The constraint itself where there are no such strings, and
         where the prompt is too long to have such texts, so that they are any strings.
         """
-        return replace(self, texts=tuple(texts_in(prompt))) if self._reads_prompt else self
+        return self.with_texts(tuple(texts_in(prompt)) if self._reads_prompt else ())
+
+    def with_texts(self, texts: Sequence[str]) -> OutputSpec:
+        """The constraint with these texts for the strings that are from the prompt; any strings if there are none."""
+        general = self if self.general is None else self.general
+        return replace(general, texts=tuple(texts), general=general) if texts else general
 
     def compiled(self, tokenizer: Any, check: Callable[[], None] = no_limits) -> Any:  # noqa: ANN401 - of llguidance
         """llguidance's matcher at the beginning of an answer; UsageError for what cannot be used.
 
         Raises what `check` does, which is called while a grammar that may be expensive is tried in a child process.
         """
-        # The texts of a prompt are bounded, so the grammar without them is tried.
-        tried = replace(self, texts=()).grammar if self.texts else self.grammar
-        matcher, error = compile_grammar(tokenizer, self.grammar, tried, check)
+        # The texts are bounded, and nothing else limits their strings, so the grammar without them is tried.
+        tried = self if self.general is None else self.general
+        matcher, error = compile_grammar(tokenizer, self.grammar, tried.grammar, check)
         if error:
             raise refusal(self.kind, self.text, error)
         return matcher

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
 
+from .schema import Schema, changed, children
+
 FROM_PROMPT = "x-from-prompt"
 """The key of a string's schema that is true where the string is a text of the prompt. To others it is an annotation."""
-_BESIDE = frozenset({FROM_PROMPT, "type", "title", "description"})
+_ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
+_COMBINING = frozenset({"anyOf", "oneOf", "allOf", "$ref"})
+_BESIDE_COMBINING = _ANNOTATIONS | {"type", "discriminator", "$defs", "definitions", "$schema", "$id"}
 _DEFINITION = "x-texts-of-the-prompt"
-# A digit, a mark and a letter of a script without spaces count as words of their own.
+_ALONE = "write {type: string, x-from-prompt: true} alone, or as one of anyOf"
+_EXACTLY = "a text of the prompt, exactly as it is written there"
+
+_SIGNS = "".join(filter(lambda sign: unicodedata.category(sign)[0] == "M", map(chr, range(0x300, 0x1E00))))
+"""Vowel signs and accents, which are written with the letter before them."""
 _WORD = re.compile(
+    # A letter of a script without spaces is a word of its own.
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-    r"|\d+|[^\W\d_]+|[^\w\s]|_"
+    rf"|\d+|[^\W\d_](?:[^\W\d_]|[{_SIGNS}\u200c\u200d])*|[^\w\s]|_"
 )
 _MAX_TEXTS, _MAX_CHARACTERS = 1500, 1500
 _MAX_WORDS, _MIN_WORDS = 24, 8
@@ -30,7 +40,8 @@ def texts_of(messages: Iterable[Mapping[str, Any]]) -> list[str]:
 def texts_in(prompt: Iterable[str]) -> dict[str, None]:
     """Every text of 1 to 24 words in the messages of a prompt, in their order.
 
-    Fewer words from 63 words of the prompt on; none at all of a prompt of more than 187 words or 1500 characters.
+    Numbers and marks are words too. The texts have fewer words from 63 words of the prompt on, and there are none in
+    one of more than 187 words or 1500 characters.
     """
     messages = list(prompt)
     if sum(map(len, messages)) > _MAX_CHARACTERS:
@@ -47,50 +58,57 @@ def texts_in(prompt: Iterable[str]) -> dict[str, None]:
     }
 
 
-def reads_prompt(schema: Any) -> bool:  # noqa: ANN401 - any JSON value
+def reads_prompt(schema: Schema) -> bool:
     """Whether a string of the schema is a text of the prompt.
 
-    UsageError where the key has another value than true or false, or a keyword beside it that limits the string too.
+    UsageError where the key is neither true nor false, and where something else limits the string too: what it takes to
+    combine that with the texts depends on the prompt.
     """
-    return bool(list(_marked(schema)))
+    pending: list[Any] = [schema]
+    is_marked, reason = False, ""
+    for part in pending:
+        pending += children(part)
+        if not isinstance(part, dict):
+            continue
+        is_marked |= _is_marked(part)
+        if part is not schema and "$id" in part:
+            reason = reason or "a part with an $id of its own"
+        combining = _COMBINING & part.keys()
+        if combining and (len(combining) > 1 or "allOf" in part or part.keys() - _BESIDE_COMBINING - combining):
+            reason = reason or f"{min(combining)} beside other limits"
+    if is_marked and reason:
+        raise UsageError(f"{FROM_PROMPT} is in a schema that has {reason}", _ALONE)
+    return is_marked
 
 
-def with_texts(schema: Any, texts: Sequence[str]) -> Any:  # noqa: ANN401 - any JSON value
+def with_texts(schema: Schema, texts: Sequence[str]) -> Schema:
     """The schema with these texts as the values of strings that are from the prompt."""
-    filled = _replaced(schema, {"$ref": f"#/$defs/{_DEFINITION}"})
-    return {**filled, "$defs": {**filled.get("$defs", {}), _DEFINITION: {"enum": list(texts)}}}
+    reference = {"$ref": f"#/$defs/{_DEFINITION}"}
+    filled: Schema = changed(schema, lambda part: reference if _is_marked(part) else part)
+    definitions = filled.get("$defs")
+    others = definitions if isinstance(definitions, dict) else {}
+    return {**filled, "$defs": {**others, _DEFINITION: {"enum": list(texts)}}}
 
 
-def without_texts(schema: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """The schema with any string in place of those from the prompt."""
-    return _replaced(schema, {"type": "string"})
+def without_texts(schema: Schema) -> Schema:
+    """The schema for programs that do not know the key: it is told in the description of a string that has none."""
+
+    def told(part: Schema) -> Schema:
+        if not _is_marked(part):
+            return part
+        return {"description": _EXACTLY, **{key: value for key, value in part.items() if key != FROM_PROMPT}}
+
+    return dict(changed(schema, told))
 
 
-def _marked(schema: Any) -> Iterator[Any]:  # noqa: ANN401 - any JSON value
-    if isinstance(schema, dict) and _is_marked(schema):
-        yield schema
-    elif isinstance(schema, dict | list):
-        for part in schema.values() if isinstance(schema, dict) else schema:
-            yield from _marked(part)
-
-
-def _replaced(schema: Any, string: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
-    if isinstance(schema, list):
-        return [_replaced(each, string) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return dict(string) if _is_marked(schema) else {key: _replaced(each, string) for key, each in schema.items()}
-
-
-def _is_marked(schema: Mapping[str, Any]) -> bool:
-    # A property may have this name.
+def _is_marked(schema: Schema) -> bool:
     mark = schema.get(FROM_PROMPT, False)
-    if isinstance(mark, dict) or mark is False:
+    if mark is False:
         return False
     if mark is not True:
         raise UsageError(f"{FROM_PROMPT} is {mark!r} in the schema", "write true")
-    beside = schema.keys() - _BESIDE
+    beside = schema.keys() - _ANNOTATIONS - {FROM_PROMPT, "type"}
     if beside or schema.get("type") != "string":
         what = f"has {min(beside)} beside it" if beside else "is not beside type: string"
-        raise UsageError(f"{FROM_PROMPT} {what} in the schema", "write {type: string, x-from-prompt: true} alone")
+        raise UsageError(f"{FROM_PROMPT} {what} in the schema", _ALONE)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
@@ -29,8 +30,9 @@ def closed(schema: Schema) -> Schema:
     objects (`allOf`, or properties beside `anyOf`, `oneOf` or `$ref`) stay as they are, because closed parts would
     exclude each other's properties. What fits the result fits the schema.
     """
-    result: Schema = schema if _combines(schema) else _close(schema)
-    return result
+    if _combines(schema):
+        return schema
+    return dict(changed(schema, lambda part: {**part, "additionalProperties": False} if _lists_all(part) else part))
 
 
 def check(schema: Schema) -> None:
@@ -47,7 +49,7 @@ def check(schema: Schema) -> None:
             raise UsageError(f"schema has more than {_MAX_PARTS:,} parts, references included", "simplify it")
         _check_required(part)
         # The first child is looked at first, as in llguidance: a reference is followed where it occurs first.
-        pending += [(child, depth + 1) for child in reversed(_children(part))]
+        pending += [(child, depth + 1) for child in reversed(children(part))]
         reference = part.get("$ref") if isinstance(part, dict) else None
         if isinstance(reference, str) and reference not in seen:
             seen.add(reference)
@@ -63,19 +65,34 @@ def _check_required(part: object) -> None:
         raise UsageError(f"schema has required {str(required)[:80]}", "give a list of names")
 
 
-def _children(schema: object) -> list[Any]:
+def children(schema: object) -> list[Any]:
     """The schemas directly in a schema."""
     if not isinstance(schema, dict):
         return []
-    children: list[Any] = []
+    found: list[Any] = []
     for key, value in schema.items():
         if key in _MAPS and isinstance(value, dict):
-            children += value.values()
+            found += value.values()
         elif key in _LISTS and isinstance(value, list):
-            children += value
+            found += value
         elif key in _SINGLE:
-            children.append(value)
-    return children
+            found.append(value)
+    return found
+
+
+def changed(schema: Any, change: Callable[[Schema], Schema]) -> Any:  # noqa: ANN401 - any JSON
+    """The schema as `change` returns it, which gets its parts changed in the same way."""
+    if not isinstance(schema, dict):
+        return schema
+    result: Schema = {}
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            result[key] = {name: changed(child, change) for name, child in value.items()}
+        elif key in _LISTS and isinstance(value, list):
+            result[key] = [changed(child, change) for child in value]
+        else:
+            result[key] = changed(value, change) if key in _SINGLE else value
+    return change(result)
 
 
 def _combines(schema: object) -> bool:
@@ -83,23 +100,7 @@ def _combines(schema: object) -> bool:
     if not isinstance(schema, dict):
         return False
     here = "allOf" in schema or ("properties" in schema and not _COMBINING.isdisjoint(schema))
-    return here or any(map(_combines, _children(schema)))
-
-
-def _close(schema: Any) -> Any:  # noqa: ANN401 - any JSON
-    if not isinstance(schema, dict):
-        return schema
-    result: Schema = {}
-    for key, value in schema.items():
-        if key in _MAPS and isinstance(value, dict):
-            result[key] = {name: _close(child) for name, child in value.items()}
-        elif key in _LISTS and isinstance(value, list):
-            result[key] = [_close(child) for child in value]
-        else:
-            result[key] = _close(value) if key in _SINGLE else value
-    if _lists_all(schema):
-        result["additionalProperties"] = False
-    return result
+    return here or any(map(_combines, children(schema)))
 
 
 def _lists_all(schema: Schema) -> bool:

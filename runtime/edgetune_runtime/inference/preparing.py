@@ -112,10 +112,11 @@ class Constraints:
         check: Check,
     ) -> tuple[CallReader | None, Constraint | None]:
         """The call parser and the output constraint of an answer to these texts; None for what a call does not need."""
+        output = None if output is None else output.for_prompt(texts)
         if tools is not None:
             reader, spec = _calls(tokenizer, tools, output)
         elif output is not None:
-            reader, spec = None, output.for_prompt(texts)
+            reader, spec = None, output
         else:
             return None, None
         grammars = self._grammars.get("", lambda: Grammars(tokenizer))

@@ -289,7 +289,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         """Compute the missing states of the fixed prompts of these adapters (default: the base and each adapter).
 
         `tools` are part of the prompts, as in the calls that will give them.
-        Output constraints of these adapters are compiled too, for which the base's vocabulary is read once.
+        Output constraints of these adapters are compiled too, for which the base's vocabulary is read once; those with
+        texts of the prompt are compiled again for each answer.
 
         Returns the number of tokens of each state by name, without prompts that are too short for a state. UsageError
         for a text-classification bundle.

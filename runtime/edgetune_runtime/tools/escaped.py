@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from edgetune_runtime.decoding.output import SPACINGS
+from edgetune_runtime.decoding.prompt_texts import FROM_PROMPT
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.json_text import FINITE
 
@@ -24,7 +25,9 @@ _TYPES_OF_ANY = ("string", "number", "boolean", "null")
 _OBJECT = frozenset(("properties", "additionalProperties"))
 """A schema with one of these describes an object, also without `type`."""
 _NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$schema", "$defs", "definitions"))
+_ANNOTATIONS = frozenset(
+    ("title", "description", "default", "examples", "$schema", "$defs", "definitions", FROM_PROMPT)
+)
 _KEYWORDS = _ANNOTATIONS.union(
     ("type", "enum", "const", "anyOf", "oneOf", "$ref", "minLength", "maxLength", "items", "minItems", "maxItems"),
     ("properties", "required", "additionalProperties", *_NUMERIC),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from edgetune_runtime.decoding.grammars import Grammars
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.decoding.prompt_texts import texts_in, texts_of
 from edgetune_runtime.errors import UsageError
+from pydantic import BaseModel, Field
 from runtime.decoding.answers import random_answer
 from runtime.decoding.conftest import Opened
 
@@ -47,10 +48,17 @@ def test_texts_are_of_one_message_and_not_of_the_system_prompt() -> None:
         ("เปิดไฟห้องครัว", "ครัว"),
         ("it's Pat's", "Pat's"),
         ("line one\nline two", "one\nline"),
+        ("मेरा नाम अनीता है", "नाम अनीता"),
+        ("cafe\u0301 nearby", "cafe\u0301"),
     ],
 )
 def test_numbers_marks_and_scripts_without_spaces_have_words_too(prompt: str, text: str) -> None:
     assert text in texts_in([prompt])
+
+
+def test_vowel_signs_and_accents_are_parts_of_words() -> None:
+    # Of three words there are six texts.
+    assert [len(texts_in([text])) for text in ("मेरा नाम अनीता", "தமிழ் பாடல் போடு", "du cafe\u0301 noir")] == [6, 6, 6]
 
 
 def test_the_more_words_a_prompt_has_the_fewer_has_a_text_and_at_last_there_are_none() -> None:
@@ -83,8 +91,9 @@ def test_strings_from_the_prompt_are_its_texts_alone() -> None:
 def test_strings_are_any_without_a_prompt_and_for_one_that_is_too_long() -> None:
     spec, answer = song(), '{"artist": "anyone", "kind": "anything", "mood": "any"}'
     assert spec.accepts(answer)
-    assert spec.for_prompt(["word " * 200]) == spec
-    assert spec.for_prompt([]) == spec
+    assert spec.for_prompt(["word " * 200]) is spec
+    assert spec.for_prompt([]) is spec
+    assert spec.for_prompt(["play"]).for_prompt([]) is spec
     assert not spec.for_prompt(["play"]).accepts(answer)
     plain = output_of(schema=form(artist={"type": "string"}))
     assert plain.for_prompt(["play"]) is plain
@@ -94,11 +103,11 @@ def test_a_manifest_keeps_the_mark_and_other_programs_get_none() -> None:
     spec = song()
     assert OutputSpec.from_json(spec.to_json()) == spec
     assert spec.for_prompt(["play"]).digest == spec.digest
-    assert "x-from-prompt" not in json.dumps(spec.schema)
-    assert spec.schema == form(
-        artist={"type": "string"},
-        kind={"anyOf": [{"enum": ["song", "tune"]}, {"type": "string"}]},
-        mood={"type": "string"},
+    told = {"description": "a text of the prompt, exactly as it is written there", "type": "string"}
+    kinds = [{"enum": ["song", "tune"]}, told]
+    assert spec.schema == form(artist=told, kind={"anyOf": kinds}, mood={"type": "string"})
+    assert output_of(schema=form(name={**TEXT, "description": "a name"})).schema == form(
+        name={"type": "string", "description": "a name"}
     )
 
 
@@ -115,10 +124,60 @@ def test_a_mark_that_cannot_hold_is_refused(string: dict[str, Any], message: str
         output_of(schema=form(first=TEXT, name=string))
 
 
-def test_a_property_may_have_the_name_of_the_mark() -> None:
-    spec = output_of(schema=form(**{"x-from-prompt": {"type": "string"}}))
-    assert spec.for_prompt(["play"]) is spec
-    assert not output_of(schema=form(name={"type": "string", "x-from-prompt": False}))._reads_prompt
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (form(name={"allOf": [TEXT, {"type": "string", "pattern": "^[A-Z]"}]}), "allOf beside other limits"),
+        (form(name={"anyOf": [TEXT], "pattern": "^[A-Z]"}), "anyOf beside other limits"),
+        ({**form(name={"$ref": "#/$defs/n", "maxLength": 3}), "$defs": {"n": TEXT}}, r"\$ref beside other limits"),
+        ({**form(name=TEXT), "anyOf": [{"required": ["name"]}]}, "anyOf beside other limits"),
+        (form(name={"anyOf": [TEXT], "oneOf": [TEXT]}), "anyOf beside other limits"),
+        (form(part={"$id": "part", **form(name=TEXT)}), r"a part with an \$id of its own"),
+    ],
+)
+def test_strings_that_something_else_limits_too_are_refused(schema: dict[str, Any], reason: str) -> None:
+    # What such a schema costs depends on the prompt, and so does whether anything fits it.
+    with pytest.raises(UsageError, match=f"x-from-prompt is in a schema that has {reason}; write"):
+        output_of(schema=schema)
+
+
+class Song(BaseModel):
+    kind: Literal["song"]
+    artist: str = Field("", description="who plays", json_schema_extra={"x-from-prompt": True})
+
+
+class Film(BaseModel):
+    kind: Literal["film"]
+    title: str = Field(json_schema_extra={"x-from-prompt": True})
+
+
+class Request(BaseModel):
+    wanted: Song | Film = Field(discriminator="kind", description="what is wanted")
+    other: Song | None = None
+
+
+def test_a_pydantic_model_may_have_texts_of_the_prompt() -> None:
+    spec = output_of(schema=Request, spacing="spaced").for_prompt(["play Abba"])
+    assert spec.accepts('{"wanted": {"kind": "song", "artist": "Abba"}, "other": null}')
+    assert not spec.accepts('{"wanted": {"kind": "song", "artist": "Toto"}}')
+    assert not spec.accepts('{"wanted": {"kind": "film", "title": "Heat"}}')
+    assert spec.parse('{"wanted": {"kind": "film", "title": "Abba"}}').wanted == Film(kind="film", title="Abba")
+
+
+@pytest.mark.parametrize("definitions", [None, [1], "x", {"other": {"type": "string"}}])
+def test_a_schema_may_have_definitions_of_any_kind(definitions: object) -> None:
+    spec = output_of(schema={**form(name=TEXT), "$defs": definitions}, spacing="spaced").for_prompt(["play"])
+    assert [spec.accepts(f'{{"name": "{name}"}}') for name in ("play", "stop")] == [True, False]
+
+
+def test_data_and_names_of_properties_are_no_marks() -> None:
+    data = {"type": "object", "default": {"x-from-prompt": 1}, "properties": {"x-from-prompt": True}}
+    for schema in (form(**{"x-from-prompt": {"type": "string"}}), data, form(name={"enum": [TEXT]})):
+        spec = output_of(schema=schema)
+        assert spec.for_prompt(["play"]) is spec
+    assert output_of(schema=form(name={"enum": [TEXT]})).schema == form(name={"enum": [TEXT]})
+    off = output_of(schema=form(name={"type": "string", "x-from-prompt": False}))
+    assert off.for_prompt(["play"]) is off
 
 
 def test_random_answers_have_texts_of_the_prompt_in_both_engines(base: Opened) -> None:

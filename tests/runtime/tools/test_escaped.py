@@ -204,6 +204,11 @@ def test_a_schema_that_the_format_cannot_hold_is_refused(
         letters.generate("dial", tools=[tool], tool_choice="dial", max_tokens=5)
 
 
+def test_a_text_of_the_prompt_is_any_string_in_a_call(letters: Runtime) -> None:
+    tool = {"name": "dial", "parameters": {"properties": {"name": {"type": "string", "x-from-prompt": True}}}}
+    assert letters.generate("dial", tools=[tool], tool_choice="dial", max_tokens=5).text
+
+
 @pytest.mark.parametrize(
     "schema", [{"type": 5}, {"enum": 5}, {"anyOf": 3}, {"type": "array", "minItems": "1"}, {"$ref": 3}], ids=str
 )

@@ -267,6 +267,14 @@ def test_with_a_schema_an_answer_is_either_calls_or_json_that_fits(
         assert not is_call or (answer.content, answer.parsed) == ("", None)
 
 
+def test_texts_of_the_prompt_hold_beside_tools_that_may_not_be_called(opened: Runtime) -> None:
+    text = {"type": "string", "x-from-prompt": True}
+    form = {"type": "object", "properties": {"name": text}, "required": ["name"], "additionalProperties": False}
+    for seed in range(5):
+        answer = opened.generate("light on", tools=TOOLS, tool_choice="none", schema=form, seed=seed, **HOT)
+        assert answer.parsed["name"] in {"light", "on", "light on"}
+
+
 @each_family
 def test_with_a_schema_both_forms_can_begin_and_nothing_else(family: str, templated: Callable[[str], Runtime]) -> None:
     runtime = templated(TEMPLATES[family])

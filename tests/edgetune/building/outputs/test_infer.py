@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
 
-from edgetune.building.outputs.infer import infer, problem_of, rejected
-from edgetune.tasks.data import rows_of
+from edgetune.building.outputs.infer import infer, problem_of, rejected, unsaid_strings
+from edgetune.tasks.data import TaskRow, rows_of
 
 COMMANDS = [
     {"service": service, "room": room, **extra}
@@ -105,81 +107,107 @@ def test_an_answer_of_more_levels_than_a_schema_can_have_is_refused(levels: int)
 
 
 TEXT = {"type": "string", "x-from-prompt": True}
+Said = tuple[str, str]
+"""A value and its prompt."""
 
 
-def string_of(said: list[tuple[str, str]], **options: bool) -> list[dict[str, Any]]:
-    """The schemas of a name that is one of some strings, each with its prompt."""
-    answers = [json.dumps({"name": name}, ensure_ascii=False, **options) for name, _ in said]
-    spec = infer(answers, [[prompt] for _, prompt in said])
+def rows_that(say: list[Said], key: str = "name", **options: bool) -> list[TaskRow]:
+    answers = [json.dumps({key: value}, **options) for value, _ in say]
+    pairs = zip(say, answers, strict=True)
+    return rows_of("rows", [(f"rows:{n}", {"prompt": p, "completion": a}) for n, ((_, p), a) in enumerate(pairs)])
+
+
+def inferred(rows: list[TaskRow]) -> OutputSpec:
+    spec = infer([row.completion or "" for row in rows], rows)
     assert spec is not None
-    schema = json.loads(spec.text)["properties"]["name"]
+    return spec
+
+
+def string_of(rows: list[TaskRow]) -> list[dict[str, Any]]:
+    """The schemas of the name in answers."""
+    schema = json.loads(inferred(rows).text)["properties"]["name"]
     return list(schema.get("anyOf", [schema]))
 
 
-def played(count: int, first: int = 0) -> list[tuple[str, str]]:
-    return [(f"song {number}", f"play song {number} now") for number in range(first, first + count)]
+def played(count: int) -> list[Said]:
+    return [(f"song {number}", f"play song {number} now") for number in range(count)]
 
 
-def test_strings_are_from_the_prompt_if_all_seen_once_are() -> None:
-    assert string_of(played(60)) == [TEXT]
-    assert string_of([*played(60), ("song x", "play song y")]) == [{"type": "string"}]
-    assert infer([json.dumps({"name": name}) for name, _ in played(60)]) == infer(['{"name": "a"}'])
+def test_strings_are_from_the_prompt_if_98_of_100_that_one_row_has_are() -> None:
+    wrong = [("song x", "play song y"), ("song y", "play song x")]
+    assert string_of(rows_that(played(60))) == [TEXT]
+    assert string_of(rows_that([*played(98), *wrong])) == [{"enum": ["song x", "song y"]}, TEXT]
+    assert string_of(rows_that([*played(97), *wrong])) == [{"type": "string"}]
+    assert string_of(rows_that([*played(48), *wrong[:1]])) == [{"type": "string"}]
+    assert infer([row.completion or "" for row in rows_that(played(60))]) == infer(['{"name": "a"}'])
 
 
 def test_few_values_and_those_that_a_prompt_lacks_are_listed_beside_its_texts() -> None:
-    unsaid, songs = ("radio", "put on some music"), [name for name, _ in played(12)]
-    assert string_of([*played(12), unsaid, unsaid]) == [{"enum": sorted([*songs, "radio"])}, TEXT]
-    assert string_of([*played(50), unsaid, ("radio", "radio on")]) == [{"enum": ["radio"]}, TEXT]
-    assert string_of([*played(12), unsaid]) == [{"type": "string"}]
+    unsaid, songs = ("radio", "put on some music"), [name for name, _ in played(30)]
+    assert string_of(rows_that([*played(30), unsaid, unsaid])) == [{"enum": sorted([*songs, "radio"])}, TEXT]
+    assert string_of(rows_that([*played(50), unsaid, ("radio", "radio on")])) == [{"enum": ["radio"]}, TEXT]
+    assert string_of(rows_that([*played(30), unsaid])) == [{"type": "string"}]
     many = [(f"radio {number // 2}", "put on some music") for number in range(102)]
-    assert string_of([*played(500), *many[:100]]) == [{"enum": sorted({name for name, _ in many[:100]})}, TEXT]
-    assert string_of([*played(500), *many]) == [{"type": "string"}]
+    assert string_of(rows_that([*played(500), *many[:100]]))[0]["enum"] == sorted({name for name, _ in many[:100]})
+    assert string_of(rows_that([*played(500), *many])) == [{"type": "string"}]
 
 
 def test_values_that_are_often_made_of_the_prompt_are_not_from_it() -> None:
-    made = [("living_room", "light in the living room")] * 2 + [("dining_room", "light in the dining room")] * 2
-    assert string_of([*played(12), *made])[-1] == {"type": "string"}
-    assert string_of([*played(12), *made[:2]])[-1] == TEXT
+    made = [(f"living_{n // 2}", f"light in the living room {n // 2}") for n in range(10)]
+    assert string_of(rows_that([*played(32), *made])) == [{"type": "string"}]
+    assert string_of(rows_that([*played(32), *made[:8]]))[-1] == TEXT
 
 
-@pytest.mark.parametrize(("rows", "unsaid", "is_said"), [(7, [], True), (6, [], False), (7, ["id"], False)])
-def test_fewer_than_ten_values_are_from_the_prompt_if_most_at_other_places_are(
-    rows: int, unsaid: list[str], is_said: bool
+def test_a_value_in_copies_and_answers_of_one_row_is_of_one_row() -> None:
+    rows = rows_that([*played(40), ("radio", "put on some music")])
+    again = [
+        replace(rows[-1], where=f"{rows[-1].where}{part}")
+        for part in (", copy 1", ", copy 1, message 2", ", message 2")
+    ]
+    assert string_of([*rows, *again]) == [{"type": "string"}]
+    assert string_of([*rows, replace(rows[-1], where="rows:99")])[-1] == TEXT
+
+
+@pytest.mark.parametrize(
+    ("rows", "others", "is_said"),
+    [(10, [], True), (9, [], False), (10, ["song-1"] * 4, False), (10, ["radio", "radio"], False)],
+    ids=["30 said", "27 said", "9 of 10 not said", "some at this place not said"],
+)
+def test_fewer_than_thirty_values_are_from_the_prompt_if_nearly_all_at_other_places_are(
+    rows: int, others: list[str], is_said: bool
 ) -> None:
     said = [{key: f"{key} {number}" for key in ("song", "room", "day")} for number in range(rows)]
-    answers = [json.dumps({**row, **{key: f"{key}-{n}" for key in unsaid}}) for n, row in enumerate(said)]
-    spec = infer(answers, [[", ".join(row.values())] for row in said])
-    assert spec is not None
-    place = json.loads(spec.text)["properties"]["song"]
+    given = [({**row}, ", ".join(row.values())) for row in said]
+    given += [({"song": other if other == "radio" else f"{other}-{n}"}, "on") for n, other in enumerate(others)]
+    found = inferred(
+        rows_of("rows", [(f"rows:{n}", {"prompt": p, "completion": json.dumps(a)}) for n, (a, p) in enumerate(given)])
+    )
+    place = json.loads(found.text)["properties"]["song"]
     known = [{"enum": [row["song"] for row in said]}, TEXT]
     assert place == ({"anyOf": known} if is_said else {"type": "string"})
 
 
 def test_strings_in_lists_are_from_the_prompt_and_escaped_ones_are_not() -> None:
-    names = [[f"ü {number}", f"é {number}"] for number in range(30)]
-    prompts = [["play " + " and ".join(pair)] for pair in names]
-    answers = [json.dumps({"names": pair}, ensure_ascii=False) for pair in names]
+    pairs = [([f"ü {number}", f"é {number}"], f"play ü {number} and é {number}") for number in range(30)]
+
+    def listed(**options: bool) -> dict[str, Any]:
+        entries = [{"prompt": prompt, "completion": json.dumps({"names": names}, **options)} for names, prompt in pairs]
+        rows = rows_of("rows", [(f"rows:{n}", entry) for n, entry in enumerate(entries)])
+        return dict(json.loads(inferred(rows).text)["properties"]["names"])
+
     items = {"type": "array", "items": TEXT, "minItems": 1}
-    spec = infer(answers, prompts)
-    assert spec is not None
-    assert json.loads(spec.text)["properties"]["names"] == items
+    assert listed(ensure_ascii=False) == items
     # The constraint writes texts as they are.
-    escaped = infer([json.dumps({"names": pair}) for pair in names], prompts)
-    assert escaped is not None
-    assert json.loads(escaped.text)["properties"]["names"] == {**items, "items": {"type": "string"}}
+    assert listed() == {**items, "items": {"type": "string"}}
 
 
-def test_rows_that_break_a_constraint_are_judged_by_their_own_prompts() -> None:
-    answers = [json.dumps({"name": name}) for name, _ in played(60)]
-    spec = infer(answers, [[prompt] for _, prompt in played(60)])
-    assert spec is not None
-    rows = rows_of(
-        "rows", [(f"{n}", {"prompt": "play song 1", "completion": f'{{"name": "song {n}"}}'}) for n in (1, 2)]
-    )
-    assert rejected(spec, [row.completion or "" for row in rows]) == []
-    assert [problem_of(spec, row) for row in rows] == [
-        None,
-        "has a text that its prompt lacks, where x-from-prompt is true",
-    ]
-    (bad,) = rows_of("rows", [("3", {"prompt": "play song 1", "completion": '{"song": 1}'})])
-    assert problem_of(spec, bad) == "breaks the schema of the recipe"
+def test_a_row_that_breaks_a_constraint_is_judged_by_its_own_prompt() -> None:
+    spec = inferred(rows_that(played(60)))
+    said = [("song 1", "play song 1"), ("song 2", "play song 1"), ("Björk", "play Björk"), ("song 1", "word " * 200)]
+    lacks = "has a text that its prompt lacks, where x-from-prompt is true"
+    assert [problem_of(spec, row) for row in rows_that(said, ensure_ascii=False)] == [None, lacks, None, None]
+    assert rejected(spec, [row.completion or "" for row in rows_that(said)]) == []
+    escaped = "writes a text of the prompt with \\u escapes, where x-from-prompt is true"
+    assert [problem_of(spec, row) for row in rows_that(said)] == [None, lacks, escaped, None]
+    assert [problem_of(spec, row) for row in rows_that(said[:1], "song")] == ["breaks the schema of the recipe"]
+    assert unsaid_strings(rows_that(said)[1]) == {"song 2"}

@@ -9,6 +9,7 @@ from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, make_recipe
 from trainings import Listening
 
+from edgetune.building.outputs.infer import problem_of
 from edgetune.building.outputs.resolve import output_of_task, write_inferred
 from edgetune.building.plan import plan_build
 from edgetune.recipe.model import Recipe
@@ -101,9 +102,10 @@ def test_an_output_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, outpu
 def test_rows_with_a_text_that_their_prompt_lacks_are_named(tmp_path: Path) -> None:
     form = {"type": "object", "properties": {"name": {"type": "string", "x-from-prompt": True}}, "required": ["name"]}
     rows = [{"prompt": f"play song {n}", "completion": {"name": f"song {n}"}} for n in range(60)]
-    assert resolved(tmp_path, {"schema": form}, rows)[0].schema["properties"] == {"name": {"type": "string"}}
-    inferred = resolved(tmp_path, "auto", rows)[0]
+    assert resolved(tmp_path, {"schema": form}, rows)[0].to_json()["schema"] == form
+    inferred, said = resolved(tmp_path, "auto", rows)
     assert json.loads(inferred.text)["properties"] == form["properties"]
+    assert said[0].endswith("light.json; 1 of its strings must be texts of the prompt")
     with pytest.raises(UsageError, match="60 of 60 completions are JSON with another spacing than compact"):
         resolved(tmp_path, {"schema": form, "spacing": "compact"}, rows)
     rows[3]["completion"] = {"name": "song 4"}
@@ -113,6 +115,24 @@ def test_rows_with_a_text_that_their_prompt_lacks_are_named(tmp_path: Path) -> N
     )
     with pytest.raises(UsageError, match=message):
         resolved(tmp_path, {"schema": form}, rows)
+
+
+@pytest.mark.parametrize("share", [0.1, 1])
+def test_auto_allows_the_answers_of_copies_that_their_prompts_lack(tmp_path: Path, share: float) -> None:
+    rows = [{"prompt": f"please play band {n} now", "completion": {"name": f"band {n}"}} for n in range(60)]
+    negatives = {"prompts": [f"is it cold {n}" for n in range(60)], "completion": {"name": "none"}, "share": share}
+    data = {"train": "rows.jsonl", "held_out": 0.2, "augment": {"copies": 2, "negatives": negatives}}
+    recipe = make_recipe(
+        tmp_path, "smollm2-135m", {"light": adapter_of(output="auto", data=data)}, data={"rows.jsonl": rows}
+    )
+    task = read_task("light", recipe)
+    assert len(task.copies) >= 60
+    found = output_of_task(task)
+    assert found is not None
+    assert {problem_of(found, copy.row) for copy in task.copies} == {None}
+    (string,) = json.loads(found.text)["properties"].values()
+    # Where they are many, texts of the prompt are no rule.
+    assert ("anyOf" in string) == (share < 1)
 
 
 def test_rows_with_tools_need_no_output(tmp_path: Path) -> None:

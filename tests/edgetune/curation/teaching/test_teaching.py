@@ -110,6 +110,29 @@ def test_nothing_is_sent_without_yes(
     assert not (tmp_path / "new.jsonl").exists()
 
 
+def test_rows_are_kept_whose_prompts_have_the_texts_of_their_answers(
+    teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    form = {"type": "object", "properties": {"room": {"type": "string", "x-from-prompt": True}}, "required": ["room"]}
+    rows = [{"prompt": f"light in room {n}", "completion": {"room": f"room {n}"}} for n in range(20)]
+    adapters = {"home": adapter_of(output={"schema": form}, system="Home command to JSON.")}
+    recipe = str(write_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": rows}))
+    told: list[object] = []
+
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        if "response_format" not in body:
+            return said(f"lamp of room {body['seed']} on")
+        told.append(body["response_format"]["json_schema"]["schema"]["properties"]["room"])
+        return said('{"room": "room 1"}')
+
+    assert command(recipe, teacher(reply), tmp_path / "new.jsonl", "--rows", "1", "--yes") == 0
+    assert [row.prompt for row in read_rows(str(tmp_path / "new.jsonl"))] == ["lamp of room 1 on"]
+    assert told[0] == {"description": "a text of the prompt, exactly as it is written there", "type": "string"}
+    capsys.readouterr()
+    command(recipe, teacher(reply), tmp_path / "more.jsonl", "--rows", "2", "--yes")
+    assert "left out 3 answers that do not fit the task" in capsys.readouterr().err
+
+
 def test_rows_are_kept_that_fit_and_whose_answers_agree(
     recipe: str,
     teacher: Callable[[Reply], str],

@@ -180,6 +180,11 @@ def test_a_correction_that_breaks_the_output_is_named_by_its_answer(tmp_path: Pa
         UsageError, match=r"answer a4 to 'dim the den': the correction '.*dim.*' breaks the schema of the recipe"
     ):
         learned_rows(task, corrected(*FINE, bad))
+    schema = {**SCHEMA, "properties": {**SCHEMA["properties"], "area": {"type": "string", "x-from-prompt": True}}}
+    with pytest.raises(
+        UsageError, match=r"the correction '.*hall.*' has a text that its prompt lacks, where x-from-prompt"
+    ):
+        learned_rows(task_of(tmp_path, output={"schema": schema}), corrected(*FINE, ("turn it on", FINE[0][1])))
     with pytest.raises(UsageError, match="the correction 'lamp on' is not an answer that the metric json can score"):
         learned_rows(task_of(tmp_path), corrected(*FINE, ("dim the den", "lamp on")))
 
