@@ -73,6 +73,8 @@ def reads_prompt(schema: Schema) -> bool:
         is_marked |= _is_marked(part)
         if part is not schema and "$id" in part:
             reason = reason or "a part with an $id of its own"
+        if part.get("properties") and part.get("patternProperties"):
+            reason = reason or "properties beside patternProperties"
         combining = _COMBINING & part.keys()
         if combining and (len(combining) > 1 or "allOf" in part or part.keys() - _BESIDE_COMBINING - combining):
             reason = reason or f"{min(combining)} beside other limits"

@@ -132,6 +132,10 @@ def test_a_mark_that_cannot_hold_is_refused(string: dict[str, Any], message: str
         ({**form(name={"$ref": "#/$defs/n", "maxLength": 3}), "$defs": {"n": TEXT}}, r"\$ref beside other limits"),
         ({**form(name=TEXT), "anyOf": [{"required": ["name"]}]}, "anyOf beside other limits"),
         (form(name={"anyOf": [TEXT], "oneOf": [TEXT]}), "anyOf beside other limits"),
+        (
+            {**form(name=TEXT), "patternProperties": {"^n": {"pattern": "^[A-Z]"}}},
+            "properties beside patternProperties",
+        ),
         (form(part={"$id": "part", **form(name=TEXT)}), r"a part with an \$id of its own"),
     ],
 )
