@@ -230,6 +230,8 @@ def problem_of(spec: OutputSpec, row: TaskRow) -> str | None:
     if not spec.accepts(answer):
         return f"breaks the {spec.kind} of the recipe"
     texts = spec.for_prompt(row.said).texts
+    if not texts:
+        return None
     # Those that the answer does not have make no difference, but for the time that all of them take.
     own = _strings(json_or_none(answer))
     if spec.with_texts([text for text in texts if text in own] or texts[:1]).accepts(answer):
