@@ -24,8 +24,8 @@ from .row_files import BadRowError, entries, json_values
 MAX_ERRORS = 20
 WEIGHT = "weight"
 """The column of a row's weight, and the key of an assistant's message: one with weight 0 is not learned."""
-EARLIER_ANSWER = ", message "
-"""Where an earlier answer of a conversation is: this follows where the row is."""
+EARLIER_ANSWER, COPY = ", message ", ", copy "
+"""Where an earlier answer of a conversation is, or a changed copy: this and a number follow where the row is."""
 _MORE_KEYS = {"assistant": ("tool_calls", WEIGHT), "tool": ("tool_call_id", "name")}
 LABEL = "label"
 """The column whose values are labels; elsewhere a few short answers may be texts to write."""

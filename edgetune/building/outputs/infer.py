@@ -22,13 +22,12 @@ from edgetune_runtime.tools.formats import SEPARATORS
 from edgetune_runtime.wording import shortened
 
 from edgetune.common.choices import MAX_CHOICES, is_complete
-from edgetune.tasks.data import TaskRow
+from edgetune.tasks.data import COPY, EARLIER_ANSWER, TaskRow
 
 MOST_LEVELS = 50
 """Of lists and objects in an answer: llguidance takes schemas of about 64."""
 _ESCAPE = r"\u"
-_PART = re.compile(r", (?:copy|message) [0-9]+")
-"""What follows where a row is, in `where` of its copies and earlier answers."""
+_PART = re.compile(rf"(?:{COPY}|{EARLIER_ANSWER})[0-9]+")
 _ENOUGH = 30
 """Values of one row at one place, or at all places, from which it shows whether new values are from the prompt."""
 _MOSTLY = 0.9
@@ -108,7 +107,8 @@ class _Shape:
         self.kinds[kind] += 1
         if isinstance(value, str):
             self.strings[value] += 1
-            self.unsaid[value] += value not in seen.texts
+            if value not in seen.texts:
+                self.unsaid[value] += 1
             self.only_row[value] = seen.row if self.only_row.get(value, seen.row) == seen.row else None
         elif isinstance(value, dict):
             self._add_object(value, seen)
@@ -123,7 +123,7 @@ class _Shape:
         """Whether nearly all strings that one row has, here and below, are in their prompts."""
         shapes = list(self._shapes())
         single = sum(len(shape._of_one_row) for shape in shapes)
-        said = sum(len(shape._of_one_row - shape._unsaid) for shape in shapes)
+        said = sum(len(shape._of_one_row - shape.unsaid.keys()) for shape in shapes)
         return single >= _ENOUGH and said >= _MOSTLY * single
 
     def schema(self, is_extraction: bool) -> dict[str, Any]:
@@ -140,11 +140,6 @@ class _Shape:
     @property
     def _of_one_row(self) -> set[str]:
         return {value for value, row in self.only_row.items() if row is not None}
-
-    @property
-    def _unsaid(self) -> set[str]:
-        """The values that a row has whose prompt lacks them."""
-        return {value for value, count in self.unsaid.items() if count}
 
     def _add_object(self, value: dict[str, Any], seen: _Seen) -> None:
         # Not sets, whose order differs from process to process.
@@ -171,15 +166,15 @@ class _Shape:
         if not self._is_from_prompt(is_extraction):
             return [{"type": "string"}]
         # A prompt may misspell a value that is known.
-        known = self.strings if len(self.strings) <= MAX_CHOICES else self._unsaid
+        known = self.strings if len(self.strings) <= MAX_CHOICES else self.unsaid
         return [*([{"enum": sorted(known)}] if known else []), {"type": "string", FROM_PROMPT: True}]
 
     def _is_from_prompt(self, is_extraction: bool) -> bool:
         """Whether strings that were not seen are probably texts of the prompt, as those are that one row has."""
-        single, unsaid = self._of_one_row, self._unsaid
-        if len(single & unsaid) > _WRONG * len(single) or len(unsaid) > MAX_CHOICES:
+        single, unsaid = self._of_one_row, self.unsaid
+        if len(single & unsaid.keys()) > _WRONG * len(single) or len(unsaid) > MAX_CHOICES:
             return False
-        if self.unsaid.total() > _RARELY * self.strings.total():
+        if unsaid.total() > _RARELY * self.strings.total():
             return False
         return len(single) >= _ENOUGH or (is_extraction and not unsaid)
 

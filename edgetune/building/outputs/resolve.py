@@ -49,8 +49,8 @@ def _inferred(task: Task) -> OutputSpec | None:
     """What all answers suggest. Copies of rows would make values look complete, so only those with new ones count."""
     rows, copies = _all_answers((*task.train, *task.validation)), _all_answers([copy.row for copy in task.copies])
     output = _of_rows(rows)
-    if output is None:
-        return None
+    if output is None or not copies:
+        return output
     known = set().union(*map(unsaid_strings, rows))
     new = [row for row in copies if not output.accepts(row.completion or "") or not unsaid_strings(row) <= known]
     return _of_rows([*rows, *new]) if new else output

@@ -14,7 +14,7 @@ from edgetune_runtime.text.chat import Message
 
 from edgetune.common.choices import is_complete
 from edgetune.recipe.data import AugmentSpec, NegativesSpec
-from edgetune.tasks.data import TaskRow
+from edgetune.tasks.data import COPY, TaskRow
 from edgetune.tasks.plain_prompts import answered_prompts, plain, shared_prompt
 
 from .answers import Answer, prompt_of
@@ -149,7 +149,7 @@ class _Maker:
             if not changes:
                 return None
             if self._is_new(changed):
-                return ChangedRow(replace(changed, where=f"{row.where}, copy {number}"), row, tuple(changes))
+                return ChangedRow(replace(changed, where=f"{row.where}{COPY}{number}"), row, tuple(changes))
         return None
 
     def negatives(self, spec: NegativesSpec, foreign: Sequence[str], rng: random.Random) -> list[ChangedRow]:

@@ -9,12 +9,11 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError
 
-from .schema import Schema, changed, children
+from .schema import COMBINING, Schema, changed, children
 
 FROM_PROMPT = "x-from-prompt"
 """The key of a string's schema that is true where the string is a text of the prompt. To others it is an annotation."""
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
-_COMBINING = frozenset({"anyOf", "oneOf", "allOf", "$ref"})
 _BESIDE_COMBINING = _ANNOTATIONS | {"type", "discriminator", "$defs", "definitions", "$schema", "$id"}
 _DEFINITION = "x-texts-of-the-prompt"
 _ALONE = "write {type: string, x-from-prompt: true} alone, or as one of anyOf"
@@ -75,7 +74,7 @@ def reads_prompt(schema: Schema) -> bool:
             reason = reason or "a part with an $id of its own"
         if part.get("properties") and part.get("patternProperties"):
             reason = reason or "properties beside patternProperties"
-        combining = _COMBINING & part.keys()
+        combining = COMBINING & part.keys()
         if combining and (len(combining) > 1 or "allOf" in part or part.keys() - _BESIDE_COMBINING - combining):
             reason = reason or f"{min(combining)} beside other limits"
     if is_marked and reason:

@@ -19,7 +19,7 @@ Schema = dict[str, Any]
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SINGLE = ("items", "additionalItems", "additionalProperties")
-_COMBINING = frozenset({"anyOf", "oneOf", "allOf", "$ref"})
+COMBINING = frozenset({"anyOf", "oneOf", "allOf", "$ref"})
 _OPENING = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties"})
 
 
@@ -99,7 +99,7 @@ def _combines(schema: object) -> bool:
     """Whether the schema, or one in it, combines several that must all hold."""
     if not isinstance(schema, dict):
         return False
-    here = "allOf" in schema or ("properties" in schema and not _COMBINING.isdisjoint(schema))
+    here = "allOf" in schema or ("properties" in schema and not COMBINING.isdisjoint(schema))
     return here or any(map(_combines, children(schema)))
 
 
