@@ -80,8 +80,7 @@ def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Re
     if not out.exists():
         build(recipe, out, progress=Progress())
     spec, lines = recipe.adapters[task], []
-    rows = read_rows(str(folder / f"{TASKS[task]['test']}.jsonl"), spec.data.columns)
-    rows = random.Random(0).sample(rows, min(options.test_rows, len(rows)))
+    rows = read_rows(str(out.with_name(f"{out.name}-test.jsonl")), spec.data.columns)
     for engine in ENGINES:
         with Runtime.open(out, engine=engine, disk_mb=0) as runtime:
             details = score(runtime, task, rows, Progress()).details
@@ -109,14 +108,24 @@ def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: P
         training = {"epochs": epochs, "learning_rate": 2e-3, "evals": 3}
     adapter["method"] = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name, part in parts.items():
+    used = {line for part in parts.values() for line in part}
+    for name, part in {**parts, "test": test_lines(task, folder, lines, used, options.test_rows)}.items():
         file = out.with_name(f"{out.name}-{name}.jsonl")
         file.write_text("\n".join(part) + "\n", encoding="utf-8")
-        data[name] = file.name
+        if name != "test":
+            data[name] = file.name
     recipe = {"name": task, "base": options.base, "quantization": "q4_0", "targets": [*ENGINES], "context_length": 512}
     path = out.with_name(f"{out.name}.yaml")
     path.write_text(yaml.safe_dump({**recipe, "training": training, "adapters": {task: adapter}}), encoding="utf-8")
     return Recipe.from_file(path)
+
+
+def test_lines(task: str, folder: Path, lines: Sequence[str], used: set[str], count: int) -> list[str]:
+    """At most so many test rows. A public data set that has fewer gives training rows that nothing used, too."""
+    tests = (folder / f"{TASKS[task]['test']}.jsonl").read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(tests)
+    spare = [] if task in EXAMPLES else [line for line in lines if line not in used]
+    return [*tests, *spare][:count]
 
 
 def figures(details: Sequence[ScoredRow]) -> Result:

@@ -28,7 +28,12 @@ class ComputeThreads:
         self._executor = ThreadPoolExecutor(max_threads, "edgetune-compute", _lower, (priority,))
 
     def run(self, compute: Callable[[], T]) -> T:
-        """Run `compute` on one of the threads; returns or raises what it does."""
+        """Run `compute` on one of the threads; returns or raises what it does.
+
+        At the exit of the interpreter, when threads take no more work, it runs on the caller's.
+        """
+        if not threading.main_thread().is_alive():
+            return compute()
         future = self._executor.submit(compute)
         try:
             return future.result()

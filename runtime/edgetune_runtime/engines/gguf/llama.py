@@ -77,6 +77,8 @@ def load_model(
     params.n_gpu_layers = 0
     last_errors()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
+    # Where weights are arranged for AMX, threads of OpenMP do it.
+    end_threads()()
     if not model:
         message = f"llama.cpp cannot load {path}: {last_errors()}"
         raise VerificationError(message, "check the file, or update llama-cpp-python")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -83,6 +84,32 @@ def test_weights_are_repacked_where_that_is_faster(tiny_gguf: Gguf, tmp_path: Pa
         quantize_gguf(tiny_gguf("llama"), base, quantization)
         with closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as engine:
             assert ("repacked" in engine.signatures[0]) == gains
+
+
+KEPT_THREADS = """
+import sys
+from pathlib import Path
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf.llama import end_threads
+engine = GgufEngine(Path(sys.argv[1]), context_length=64, threads=2, repack=True)
+threads = set(Path("/proc/self/task").iterdir())
+end_threads()()
+print(len(threads - set(Path("/proc/self/task").iterdir())))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_opening_a_base_leaves_no_threads_which_would_slow_down_all_steps(
+    wide_gguf: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Where a processor has AMX, threads of the caller arrange the weights."""
+    from edgetune_export.base_file.quantize import quantize_gguf  # noqa: PLC0415 - as above
+
+    base = tmp_path / "q4_0.gguf"
+    quantize_gguf(wide_gguf(128), base, "q4_0")
+    command = [sys.executable, "-c", KEPT_THREADS, str(base)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == "0\n"
 
 
 def test_keys_and_values_of_another_form_or_of_odd_heads_are_refused(tiny_gguf: Gguf) -> None:
