@@ -173,10 +173,13 @@ from pathlib import Path
 # Registered first, so that it is called last.
 atexit.register(lambda: print(len(engine.decode([1, 2, 3]))))
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf import tiles
+tiles._uses_amx = lambda: len(sys.argv) > 2
 engine = GgufEngine(Path(sys.argv[1]), context_length=64, threads=1)
 """
 
 
-def test_an_engine_that_is_not_closed_computes_until_the_process_ends(tiny_gguf: Gguf) -> None:
-    command = [sys.executable, "-c", AT_EXIT, str(tiny_gguf("llama"))]
+@pytest.mark.parametrize("amx", [(), ("amx",)])
+def test_an_engine_that_is_not_closed_computes_until_the_process_ends(tiny_gguf: Gguf, amx: tuple[str, ...]) -> None:
+    command = [sys.executable, "-c", AT_EXIT, str(tiny_gguf("llama")), *amx]
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) > 0
