@@ -13,7 +13,7 @@ from .batches import CHUNK
 from .cache import Key, name_of
 from .store import StateStore
 
-SHORTEST = 16
+SHORTEST = 8
 """Shortest fixed part of a prompt, in tokens, whose state is saved."""
 
 
