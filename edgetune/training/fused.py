@@ -1,4 +1,4 @@
-"""Fused LoRA layers and RMSNorms that need fewer passes over memory, for training in float32 on the CPU.
+"""Fused LoRA layers and RMSNorms that need fewer passes over memory, for training on the CPU.
 
 The matrix products with the frozen weights already run close to the processor's peak. The time to save is between them:
 autograd writes a tensor for each scaling, addition and cast in a PEFT layer and in a norm.
@@ -20,13 +20,16 @@ from .int8 import PackedLayers, PackedLinear, in_int8
 
 Forward = Callable[..., torch.Tensor]
 
+_TYPES = frozenset({torch.float32, torch.bfloat16})
+
 
 @contextmanager
 def fused(model: torch.nn.Module, *, int8: bool = False) -> Iterator[None]:
     """Fuse the plain LoRA layers and frozen RMSNorms of `model` while the block runs.
 
-    Losses and gradients are the same within float error. Layers of other kinds, and layers that are not in float32 on
-    the CPU, are unchanged. With `int8`, frozen linear layers are computed as in `in_int8`.
+    Losses and gradients are the same within the rounding of the base's type. Layers of other kinds, and layers that are
+    neither in float32 nor in bfloat16 on the CPU, are unchanged. With `int8`, frozen linear layers are computed as in
+    `in_int8`.
     """
     packing: AbstractContextManager[PackedLayers] = in_int8(model) if int8 else nullcontext({})
     with packing as packed:
@@ -43,7 +46,7 @@ def fused(model: torch.nn.Module, *, int8: bool = False) -> Iterator[None]:
 def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa: ANN401 - PEFT and transformers carry no types
     """The fused forward of a module, or None if there is none for it."""
     # An instance attribute `forward` was set by other code, such as a hook of accelerate.
-    if "forward" in vars(module) or not all(_is_float32_on_cpu(p) for p in module.parameters()):
+    if "forward" in vars(module) or not all(p.dtype in _TYPES and p.device.type == "cpu" for p in module.parameters()):
         return None
     if _is_plain_lora(module):
         return partial(_lora_forward, module, packed.get(module.base_layer))
@@ -61,10 +64,6 @@ def _norms() -> dict[str, float]:
     return {architecture.rms_norm: architecture.norm_offset for architecture in architectures.known().values()}
 
 
-def _is_float32_on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-
-
 def _is_plain_lora(module: Any) -> bool:  # noqa: ANN401 - PEFT carries no types
     """Whether a module is a single LoRA on a frozen linear layer, without dropout and not a LoRA variant."""
     if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear or len(module.lora_A) != 1:
@@ -80,7 +79,7 @@ def _is_plain_lora(module: Any) -> bool:  # noqa: ANN401 - PEFT carries no types
 
 
 def _lora_forward(module: Any, packed: PackedLinear | None, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
-    if module.disable_adapters or module.merged:
+    if module.disable_adapters or module.merged or _is_cast(x, module.base_layer.weight):
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     name, base = module.active_adapters[0], module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
@@ -90,8 +89,15 @@ def _lora_forward(module: Any, packed: PackedLinear | None, x: torch.Tensor) -> 
     return out
 
 
+def _is_cast(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product of both has another type than one of them."""
+    return x.dtype != weight.dtype or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
+
+
 def _norm_forward(module: Any, addend: float, epsilon: float, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
-    weight = module.weight + addend if addend else module.weight
+    weight = module.weight.float()
+    if addend:
+        weight = weight + addend
     out: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     return out
 
@@ -111,6 +117,8 @@ class _LoraLinear(torch.autograd.Function):
         packed: PackedLinear | None,
     ) -> torch.Tensor:
         rows = x.flatten(0, -2)
+        # The weights of the adapter are in float32, also where the base's are not.
+        ctx.type, a, b = a.dtype, a.to(x.dtype), b.to(x.dtype)
         low = rows @ a.t()
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scale, ctx.packed = scale, packed
@@ -127,19 +135,22 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = out @ weight if ctx.packed is None else ctx.packed.inputs(out)
             to_x = to_x.addmm_(to_low, a).view(*grad.shape[:-1], -1)
-        to_b = (low.t() @ out).mul_(ctx.scale).t()
-        return to_x, None, None, to_low.t() @ rows, to_b, None, None
+        to_b = (low.t() @ out).to(ctx.type).mul_(ctx.scale).t()
+        return to_x, None, None, (to_low.t() @ rows).to(ctx.type), to_b, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
-    """weight·x / sqrt(mean(x²) + epsilon) over the last dimension, with the gradient for x (arXiv:1910.07467)."""
+    """weight·x / sqrt(mean(x²) + epsilon) over the last dimension, with the gradient for x (arXiv:1910.07467).
+
+    Computed in float32, the type of `weight`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:  # noqa: ANN401 - as above
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
         inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        out: torch.Tensor = (x * inverse).mul_(weight)
+        out: torch.Tensor = (x * inverse).mul_(weight).to(x.dtype)
         return out
 
     @staticmethod
@@ -147,5 +158,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - as above
         x, weight, inverse = ctx.saved_tensors
         weighted = grad * weight
-        along = torch.linalg.vecdot(weighted, x).unsqueeze(-1)
-        return weighted.mul_(inverse).addcmul_(x, along * inverse.pow(3) / -x.shape[-1]), None, None
+        exact = x.to(weight.dtype)
+        along = torch.linalg.vecdot(weighted, exact).unsqueeze(-1)
+        to_x = weighted.mul_(inverse).addcmul_(exact, along * inverse.pow(3) / -x.shape[-1])
+        return to_x.to(x.dtype), None, None

@@ -162,11 +162,8 @@ class _Run:
 
     @contextmanager
     def layers(self) -> Iterator[None]:
-        """Layers with rounded weights if the job has them; the others fused, except under autocast."""
-        with (
-            rounded_layers(self.tuned, self.rounds_to),
-            nullcontext() if self.precision == "bf16" else fused(self.tuned, int8=self.precision == "int8"),
-        ):
+        """Layers with rounded weights if the job has them; the others fused."""
+        with rounded_layers(self.tuned, self.rounds_to), fused(self.tuned, int8=self.precision == "int8"):
             yield
 
     def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:

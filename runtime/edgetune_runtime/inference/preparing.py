@@ -8,6 +8,7 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from edgetune_runtime.decoding.child_compiler import TOO_EXPENSIVE
 from edgetune_runtime.decoding.constraint import Constraint
@@ -83,8 +84,8 @@ class FixedParts:
         check: Check,
     ) -> int:
         """How many of the tokens of a prompt are fixed."""
-        # A client may send prompts of any length, so only their digests are remembered.
-        texts = [system, None if form.tools is None else form.tools.text, form.think]
+        # A client may send prompts of any length, so only their digests are remembered. Templates may print the date.
+        texts = [system, None if form.tools is None else form.tools.text, form.think, date.today().isoformat()]
         key = hashlib.sha256(json.dumps(texts).encode()).digest()
         fixed = self._tokens.get(key)
         if fixed is None:

@@ -36,13 +36,15 @@ READER: ContextVar[Reader | None] = ContextVar("READER", default=None)
 class Holder:
     """A call or a measurement that has a place or a context, and the thread that used it last.
 
-    A stream is suspended while its reader has a piece; any thread may read on.
+    A stream is suspended while its reader has a piece; any thread may read on. It roams until a thread reads on that
+    has read the last piece.
     """
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
         self.reader = READER.get()
         self.is_suspended = False
+        self.roams = True
 
     @property
     def is_of_this_thread(self) -> bool:

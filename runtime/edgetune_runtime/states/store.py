@@ -146,7 +146,8 @@ class StateStore:
         path = self.path_of(identity)
         try:
             if path.is_file() and not path.is_symlink():
-                # What determines a state is in its name, so it is the same.
+                # What determines a state is in its name, so it is the same. Those used last are evicted last.
+                os.utime(path)
                 return True
             if not is_warmed and not self._daily.admits(len(state)):
                 _LOG.debug("did not save a state of %.1f MB: calls wrote enough today", len(state) / 1e6)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import thread as executors
 from typing import TypeVar
 
 from edgetune_runtime.errors import UsageError
@@ -30,11 +31,14 @@ class ComputeThreads:
     def run(self, compute: Callable[[], T]) -> T:
         """Run `compute` on one of the threads; returns or raises what it does.
 
-        At the exit of the interpreter, when threads take no more work, it runs on the caller's.
+        At the exit of the interpreter, when executors take no more work, it runs on the caller's.
         """
-        if not threading.main_thread().is_alive():
+        try:
+            future = self._executor.submit(compute)
+        except RuntimeError:
+            if not executors._shutdown:
+                raise
             return compute()
-        future = self._executor.submit(compute)
         try:
             return future.result()
         except BaseException:

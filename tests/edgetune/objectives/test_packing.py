@@ -131,6 +131,23 @@ def test_rows_behind_a_cache_or_tokens_are_as_with_these_in_front(
     torch.testing.assert_close(after_cache, in_order, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_in_bf16_is_two_products_that_give_what_the_kernel_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack(ROWS["rows with a shared beginning"])
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, packed.tokens.shape[1], 8).bfloat16().requires_grad_() for heads in (6, 2, 2)]
+    towards = torch.randn(1, packed.tokens.shape[1], 6, 8).bfloat16()
+
+    def found(most_keys: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(packing, "_MOST_KEYS", most_keys)
+        query, key, value = states
+        out, _ = packing.packed_attention(torch.nn.Module(), query, key, value, None, packed=packed, sliding_window=16)
+        return [out.detach(), *torch.autograd.grad(out, states, towards)]
+
+    for products, kernel in zip(found(packing._MOST_KEYS), found(0), strict=True):
+        assert not torch.equal(products, kernel)
+        torch.testing.assert_close(products, kernel, rtol=0.05, atol=0.05)
+
+
 def test_no_architecture_is_imported_before_a_model_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     recurrent = ("transformers.models.lfm2", "transformers.models.qwen3_5")
     for name in [name for name in sys.modules if name.startswith(recurrent)]:

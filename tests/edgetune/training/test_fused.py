@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from tiny import ARCHITECTURES, make_model
 from trainings import VOCABULARY, answer, pass_gradients, random_lora
 
@@ -52,8 +54,28 @@ def test_layers_that_compute_more_than_a_plain_lora_keep_their_forward(options: 
         assert "Linear" not in _fused_modules(model)
 
 
-def test_layers_in_bf16_keep_their_forward() -> None:
-    model = _tuned("llama", target_modules="all-linear").to(torch.bfloat16)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradients_on_a_base_in_bf16_are_as_near_to_exact_ones_as_those_of_the_own_layers(arch: str) -> None:
+    model = _tuned(arch, target_modules="all-linear")
+    of_base = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in of_base:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    expected = torch.cat([gradient.flatten() for gradient in pass_gradients(exact, ROWS).values()])
+
+    def error() -> float:
+        with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
+            found = torch.cat([gradient.float().flatten() for gradient in pass_gradients(model, ROWS).values()])
+        return float((found - expected).norm() / expected.norm())
+
+    own = error()
+    with fused(model):
+        assert "Linear" in _fused_modules(model)
+        assert 0 < error() < max(1.2 * own, 0.01)
+
+
+def test_layers_in_half_precision_keep_their_forward() -> None:
+    model = _tuned("llama", target_modules="all-linear").to(torch.float16)
     with fused(model):
         assert not _fused_modules(model)
 

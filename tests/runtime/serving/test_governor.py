@@ -196,6 +196,8 @@ def test_a_call_leaves_no_compute_threads_which_would_slow_down_calls_of_other_t
     monkeypatch.setattr(GgufEngine, "adjusts_threads", False)
     with Runtime.open(prompted_of("llama"), engine="gguf", threads=2, disk_mb=0, priority=priority) as runtime:
         assert left_by(lambda: runtime.generate("hello", max_tokens=2)) == 0
+        with closing(runtime.stream("hello", max_tokens=6)) as stream:
+            assert [left_by(lambda: next(stream)) for _ in range(3)] == [0, 0, 0], "each piece on another thread"
         context, _ = loaded_bundle(runtime).context()
         assert left_by(lambda: context.engine.decode([5, 6])) == 1
 

@@ -132,11 +132,12 @@ def test_a_state_under_anothers_name_is_not_taken_for_it(store: StateStore) -> N
     assert store.load(identity("two")) is None
 
 
-def test_the_longest_unused_goes_first(store: StateStore) -> None:
+@pytest.mark.parametrize("uses", ["load", "save"])
+def test_the_longest_unused_goes_first(store: StateStore, uses: str) -> None:
     for age, name in enumerate("abc"):
         store.save(identity(name), STATE, name, 7)
         os.utime(store.path_of(identity(name)), (age, age))
-    store.load(identity("a"))
+    assert store.load(identity("a")) if uses == "load" else store.save(identity("a"), STATE, "a", 7)
     store.save(identity("d"), STATE, "d", 7)
     assert {entry.label for entry in store.entries()} == {"a", "c", "d"}
 

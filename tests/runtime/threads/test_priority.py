@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -42,6 +43,26 @@ def test_answers_do_not_depend_on_the_priority(engine: str, prompted_of: Callabl
             texts.append(runtime.generate(PROMPT, adapter="one", max_tokens=12).text)
             assert runtime.classify(PROMPT, ["red", "green"], adapter="two").label in ("red", "green")
     assert len(set(texts)) == 1
+
+
+AT_EXIT = """
+import atexit, time
+from concurrent.futures import ThreadPoolExecutor
+from edgetune_runtime.threads.priority import ComputeThreads
+threads = ComputeThreads("normal")
+def work():
+    for _ in range(20):
+        time.sleep(0.02)
+        threads.run(lambda: None)
+    print("all")
+atexit.register(lambda: threads.run(lambda: print("at exit")))
+ThreadPoolExecutor(1).submit(work)
+"""
+
+
+def test_what_runs_when_the_interpreter_exits_is_computed() -> None:
+    command = [sys.executable, "-c", AT_EXIT]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "all\nat exit\n"
 
 
 def test_an_unknown_priority_is_refused(bundle: Path) -> None:

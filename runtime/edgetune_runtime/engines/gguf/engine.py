@@ -266,6 +266,7 @@ class GgufEngine:
         """Free everything; a second call does nothing, and no other call may follow."""
         if self._free.alive:
             self._stop.clear()
+            self.end_threads()
             if not self._is_fork:
                 self.tokenizer.close()
             self._free()

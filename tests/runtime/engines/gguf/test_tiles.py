@@ -40,6 +40,20 @@ def test_with_amx_each_thread_has_one_of_its_own_that_computes() -> None:
 
 
 @pytest.mark.usefixtures("amx")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_threads_that_slow_down_others_end_before_steps_and_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of torch on the caller's thread, and those of the partner, which a forked process would count."""
+    partner, ended = tiles.compute(threading.get_ident), list[int]()
+    monkeypatch.setattr(tiles, "end_threads", lambda: lambda: ended.append(threading.get_ident()))
+    tiles.compute(lambda: 1)
+    assert ended == [threading.get_ident()]
+    if not (child := os.fork()):
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert ended[1:] == [partner]
+
+
+@pytest.mark.usefixtures("amx")
 def test_an_error_is_raised_where_it_was_called() -> None:
     with pytest.raises(ZeroDivisionError):
         tiles.compute(lambda: 1 / 0)
