@@ -155,7 +155,8 @@ class Answer:
             return row.with_turns(turns)
         values = [value] if len(self.places) == 1 else value
         for place, style, answer in zip(self.places, self.styles, values, strict=True):
-            turns[place]["content"] = json.dumps(answer, **style)
+            text = turns[place]["content"]
+            turns[place]["content"] = text.replace(text.strip(), json.dumps(answer, **style))
         return row.with_turns(turns)
 
 
@@ -193,7 +194,8 @@ def prompt_of(row: TaskRow) -> str:
 
 
 def _json_of(text: str) -> tuple[Any, Mapping[str, Any]] | None:
-    """The object or list, and how json.dumps writes it as it is; None if it is something else."""
+    """The object or list, and how json.dumps writes it, without white space around it; None if it is something else."""
+    text = text.strip()
     value = json_or_none(text)
     if not isinstance(value, dict | list):
         return None

@@ -121,6 +121,28 @@ def test_numbers_of_plain_answers_are_exchanged_for_others_of_their_form() -> No
         assert f"the post came at {hour} today" in answer
 
 
+@pytest.mark.parametrize("form", [" {}", "{}\n", "```json\n{}\n```", "```\n{} \n```", "spread", "one quote"])
+def test_numbers_that_decide_another_field_stay_however_the_json_is_written(form: str) -> None:
+    rooms = dict(enumerate(("kitchen", "hall", "porch", "garage", "office", "attic"), 1))
+    rows = []
+    for number, verb in enumerate(("switch", "start", "get", "put", "light", "have", "turn", "set", "make", "let") * 2):
+        device = number % len(rooms) + 1
+        answer = json.dumps({"device": device, "room": rooms[device]})
+        spread = {"spread": answer.replace("{", "{ ").replace("}", " }"), "one quote": answer.replace('"', "'")}
+        prompt = f"{verb} lamp {device} {'on' if number < 10 else 'up'}"
+        rows.append({"prompt": prompt, "completion": spread.get(form) or form.format(answer)})
+    for changed in copied(rows, copies=2, **QUIET):
+        device = int(re.findall(r"\d", changed.row.completion or "")[0])
+        assert rooms[device] in (changed.row.completion or "")
+
+
+@pytest.mark.parametrize("form", [" {}", "{}\n"])
+def test_values_are_exchanged_in_json_with_white_space_around_it(form: str) -> None:
+    rows = [{**row, "completion": form.format(json.dumps(row["completion"]))} for row in ORDERS[::3]]
+    made = copied(rows, **QUIET)
+    assert made and {c.row.completion for c in made} <= {form.format(json.dumps(row["completion"])) for row in ORDERS}
+
+
 def test_numbers_of_plain_answers_keep_their_order() -> None:
     hours = (("16:45", "17:30"), ("12:00", "11:10"), ("09:30", "18:20"))
     rows = [{"prompt": f"Use the later time: {a} or {b}", "completion": max(a, b)} for a, b in hours]
