@@ -210,8 +210,8 @@ _KINDS = {
 
 
 def _escaped(key: str) -> str:
-    """The key as a regular expression that JSON Schema and Rust read alike."""
-    return "".join(character if character.isalnum() or character in "_ " else f"\\{character}" for character in key)
+    """The key as a regular expression that JSON Schema and Rust read alike: Rust refuses escapes of other signs."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", key)
 
 
 def rejected(spec: OutputSpec, answers: Iterable[str]) -> list[int]:

@@ -60,6 +60,17 @@ def test_keys_in_changing_order_are_all_accepted() -> None:
     assert rejected(spec, ['{"c": 1}']) == [0]
 
 
+@pytest.mark.parametrize(
+    "key", ["preis_€", "कमरा", "温度℃", "x–y", "a<b", r"a\b", "price ($)", "[a]{2}|^*?.+", 'q"t', "a b"]
+)
+def test_keys_in_changing_order_may_have_any_sign(key: str) -> None:
+    answers = [json.dumps(value, ensure_ascii=False) for value in ({key: 1, "b": 2}, {"b": 2, key: 1})]
+    spec = infer(answers)
+    assert spec is not None
+    assert rejected(spec, answers) == []
+    assert rejected(spec, ['{"c": 1}', json.dumps({f"{key}_": 1})]) == [0, 1]
+
+
 def test_keys_that_never_occur_together_have_the_order_of_the_rows() -> None:
     keys = [f"key{number}" for number in range(9)]
     assert list(schema_of([{key: 1, "last": 2} for key in keys])["properties"]) == [*keys, "last"]
