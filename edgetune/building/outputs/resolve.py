@@ -22,7 +22,7 @@ from .infer import infer, problem_of, rejected, spacing_of, unsaid_strings
 def output_of_task(task: Task) -> OutputSpec | None:
     """The output constraint of the task's recipe; None if there is none, or `auto` finds none.
 
-    UsageError names rows that break a given constraint, or have tools.
+    UsageError names rows that break a given constraint or the inferred one, or have tools.
     """
     option = task.spec.output
     if option is None:
@@ -49,11 +49,25 @@ def _inferred(task: Task) -> OutputSpec | None:
     """What all answers suggest. Copies of rows would make values look complete, so only those with new ones count."""
     rows, copies = _all_answers((*task.train, *task.validation)), _all_answers([copy.row for copy in task.copies])
     output = _of_rows(rows)
-    if output is None or not copies:
-        return output
-    known = set().union(*map(unsaid_strings, rows))
-    new = [row for row in copies if not output.accepts(row.completion or "") or not unsaid_strings(row) <= known]
-    return _of_rows([*rows, *new]) if new else output
+    if output is not None and copies:
+        known = set().union(*map(unsaid_strings, rows))
+        new = [row for row in copies if not output.accepts(row.completion or "") or not unsaid_strings(row) <= known]
+        rows += new
+        output = _of_rows(rows) if new else output
+    if output is not None:
+        _check_spelling(task.name, output, rows)
+    return output
+
+
+def _check_spelling(name: str, output: OutputSpec, rows: Sequence[TaskRow]) -> None:
+    """UsageError for rows that break what was inferred from them: JSON may be written in more ways than it allows."""
+    answers = list(dict.fromkeys(row.completion or "" for row in rows))
+    broken = {answers[place] for place in rejected(output, answers)}
+    wrong = [row for row in rows if row.completion in broken]
+    if wrong:
+        message = f"adapters.{name}.output: auto: {len(wrong)} of {len(rows)} completions are JSON in an unusual form"
+        remedy = "write them as json.dumps(answer, ensure_ascii=False) does, without white space around them"
+        raise UsageError(f"{message}: {_examples(wrong)}", f"{remedy}, or leave output out")
 
 
 def _of_rows(rows: Sequence[TaskRow]) -> OutputSpec | None:
@@ -72,7 +86,6 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
     of_copies = [copies[place] for place in rejected(spec, (row.completion or "" for row in copies))]
     wrong = [*(row for row in rows if problem_of(spec, row)), *of_copies]
     if wrong:
-        examples = first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in wrong])
         broken, remedy = f"break the {spec.kind}", "correct these rows or the output"
         if not rejected(spec, (row.completion or "" for row in wrong)):
             broken = f"have a text that their prompt lacks, where {FROM_PROMPT} is true"
@@ -82,8 +95,13 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
             spacing = spacing_of([row.completion or "" for row in (*rows, *copies)])
             remedy = f"set spacing: {spacing}, or write all rows with spacing {spec.spacing}"
         count = len(rows) + len(copies)
-        message = f"adapters.{task.name}.output: {len(wrong)} of {count} completions {broken}: {examples}"
+        message = f"adapters.{task.name}.output: {len(wrong)} of {count} completions {broken}: {_examples(wrong)}"
         raise UsageError(message, remedy)
+
+
+def _examples(rows: Sequence[TaskRow]) -> str:
+    """Where the first rows are, and how their answers begin."""
+    return first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in rows])
 
 
 def _all_answers(rows: Sequence[TaskRow]) -> list[TaskRow]:

@@ -13,7 +13,7 @@ from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import is_deeper, json_or_none
 from edgetune_runtime.wording import first_of
 
-from edgetune.building.outputs.infer import MOST_LEVELS, infer, problem_of
+from edgetune.building.outputs.infer import MOST_LEVELS, infer, problem_of, rejected
 from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.augmentation.slots import has_value
@@ -142,14 +142,14 @@ def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
         odd.setdefault(place, note)
     trained = [item.row.completion or "" for place, item in enumerate(rows) if item.split == TRAIN and place not in odd]
     spec = infer(trained)
-    for place, item in enumerate(rows):
-        if (
-            place not in odd
-            and item.split != TRAIN
-            and spec is not None
-            and not spec.accepts(item.row.completion or "")
-        ):
-            odd[place] = "has a form or a value that no training row has"
+    unseen = [
+        place
+        for place, item in enumerate(rows)
+        if place not in odd and item.split != TRAIN and spec is not None and not spec.accepts(item.row.completion or "")
+    ]
+    # JSON may be written in more ways than a schema allows, such as after a space.
+    if unseen and spec is not None and not rejected(spec, trained):
+        odd |= dict.fromkeys(unseen, "has a form or a value that no training row has")
     for place in sorted(odd):
         yield Finding.of(MISFIT, [rows[place]], odd[place])
 

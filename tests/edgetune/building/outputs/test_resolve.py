@@ -50,6 +50,21 @@ def test_auto_leaves_free_text_free(tmp_path: Path) -> None:
     assert "no structure" in said[0]
 
 
+@pytest.mark.parametrize(
+    "form", [' {{"on": {}}}', '{{"on": {}}}\n', '{{"on": [{}, "\\/"]}}', '{{"on":\t{}}}', '{{"on": {}, "\\u20ac": 2}}']
+)
+def test_auto_refuses_rows_that_break_what_it_infers_from_them(tmp_path: Path, form: str) -> None:
+    rows = [{"prompt": f"p {number}", "completion": form.format(number)} for number in range(10)]
+    message = (
+        r"adapters\.light\.output: auto: 10 of 10 completions are JSON in an unusual form: .*rows\.jsonl:\d+ .*; "
+        r"write them as json\.dumps\(answer, ensure_ascii=False\) does, without white space around them"
+    )
+    with pytest.raises(UsageError, match=message):
+        resolved(tmp_path, "auto", rows)
+    with pytest.raises(UsageError, match=message):
+        plan_build(recipe_of(tmp_path, "auto", rows))
+
+
 def test_auto_reads_the_earlier_answers_of_conversations(tmp_path: Path) -> None:
     roles = ("user", "assistant") * 2
     contents = [["light", '{"on": true}', f"room {number}", '{"off": 1}'] for number in range(10)]

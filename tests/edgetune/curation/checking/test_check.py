@@ -247,6 +247,16 @@ def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("form", [" {}", "{}\n", "escaped"])
+def test_answers_that_are_written_as_the_training_rows_write_them_are_not_odd(tmp_path: Path, form: str) -> None:
+    def written(order: dict[str, Any]) -> dict[str, Any]:
+        answer = json.dumps({**order["completion"], "path": "/lamp"})
+        return {**order, "completion": answer.replace("/", r"\/") if form == "escaped" else form.format(answer)}
+
+    rows = [written(order) for order in ORDERS]
+    assert "misfit" not in checked(tmp_path, rows[:-2], validation=rows[-2:]).counts
+
+
 def test_values_and_fields_that_loosen_the_schema_for_all_are_named(tmp_path: Path) -> None:
     odd = [
         {"prompt": "darken the attic", "completion": {"do": "offf", "area": "attic"}},
