@@ -118,14 +118,14 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     """Read the data of the recipe's adapter `name`; raises the errors of `read_rows`, or of `read`, and of `split`."""
     spec = recipe.adapters[name]
     training = recipe.training.under(spec.training)
-    labels = _with_scope(spec, spec.labels or ())
+    labels = with_scope(spec, spec.labels or ())
     train = read(spec.data.train, spec.data.columns, labels=labels or None)
     metric = recipe.task_type.metric or metric_for(spec.metric, train, labels)
     doubts = _doubts(spec, train, metric)
     if metric == "label":
         check_answered(train, metric)
         train = [replace(row, completion=(row.completion or "").strip()) for row in train]
-        labels = labels or _with_scope(spec, labels_in(train))
+        labels = labels or with_scope(spec, labels_in(train))
     if spec.data.validation is None:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
@@ -213,7 +213,7 @@ def _unused_system(system: str | None, rows: Sequence[TaskRow]) -> tuple[str, ..
     return ("all training rows have other system prompts than the recipe; set `system` to one of them, or remove it",)
 
 
-def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
+def with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The labels with the one of texts that are out of scope, if the adapter has any labels and asks for it."""
     extra = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
     return tuple(dict.fromkeys((*labels, *extra)))

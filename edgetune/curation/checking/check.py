@@ -17,12 +17,13 @@ from edgetune.proposal.columns import ADD_HEADER, seems_a_row
 from edgetune.proposal.files import test_file_of
 from edgetune.recipe.data import Columns, DataSpec
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, rows_of
 from edgetune.tasks.estimate import estimated_tokens
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, without_object
 from edgetune.tasks.row_files import DELIMITERS, entries
-from edgetune.tasks.task import Task, read_task
+from edgetune.tasks.task import Task, read_task, with_scope
 from edgetune.tasks.tokenization import tokenize_rows
 
 from . import answers
@@ -71,10 +72,11 @@ def files_read(recipe: Recipe, tests: Mapping[str, str]) -> list[str]:
 
 
 def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
-    reader = _LenientReader()
-    data = recipe.adapters[name].data
+    spec = recipe.adapters[name]
+    data, reader = spec.data, _LenientReader(spec)
     with reader.naming_problems():
         task = read_task(name, _with_given_rows(name, recipe), reader)
+    task = replace(task, labels=with_scope(spec, task.labels))
     sources: dict[str, str | Rows] = {TRAIN: data.train}
     rows = [SplitRow(TRAIN, row) for row in task.train] + [SplitRow(VALIDATION, row) for row in task.validation]
     beside = None if test else test_beside(data)
@@ -140,9 +142,13 @@ def _rows_as_headers(data: DataSpec, rows: Sequence[TaskRow]) -> Iterator[Findin
 
 
 class _LenientReader:
-    """Reads rows as `read_rows` does, but collects the `problems` of bad ones: where, and the reason."""
+    """Reads rows as `read_rows` does, but collects the `problems` of bad ones: where, and the reason.
 
-    def __init__(self) -> None:
+    Labels are also that of texts out of the scope of `spec`, as in a build.
+    """
+
+    def __init__(self, spec: AdapterSpec | None = None) -> None:
+        self._spec = spec
         self.problems: list[tuple[str, str]] = []
 
     def __call__(
@@ -158,6 +164,8 @@ class _LenientReader:
         self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
     ) -> list[TaskRow]:
         """The rows that can be used, if there are any."""
+        if self._spec is not None:
+            labels = with_scope(self._spec, tuple(labels or ())) or None
         rows: list[TaskRow] = []
         for where, values in entries(source):
             try:
@@ -186,10 +194,7 @@ def _with_given_rows(name: str, recipe: Recipe) -> Recipe:
     rows of the user. Nor are rows needed for a confidence. All rows of the files are read."""
     spec = recipe.adapters[name]
     data = spec.data.model_copy(update={"augment": None, "confidence": None, "rows": None})
-    scope, labels = spec.out_of_scope, spec.labels
-    if scope is not None and labels is not None:
-        labels = tuple(dict.fromkeys((*labels, scope.label)))
-    changes = {"data": data, "out_of_scope": None, "labels": labels, "min_confidence": None}
+    changes = {"data": data, "out_of_scope": None, "min_confidence": None}
     return recipe.model_copy(update={"adapters": {**recipe.adapters, name: spec.model_copy(update=changes)}})
 
 

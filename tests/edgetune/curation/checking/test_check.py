@@ -173,6 +173,16 @@ def test_texts_that_a_build_makes_are_no_rows(tmp_path: Path) -> None:
     assert "unusable" not in found.counts
 
 
+@pytest.mark.parametrize("keys", [{}, {"labels": ["weather", "time"]}])
+def test_rows_of_all_files_may_have_the_label_of_texts_out_of_scope(tmp_path: Path, keys: dict[str, Any]) -> None:
+    rows = [{"text": f"is it {word} now", "label": "weather" if n % 2 else "time"} for n, word in enumerate(ROOMS)]
+    others = [{"text": f"{word} you", "label": "none"} for word in ("who are", "hello to", "thank")]
+    write_rows(tmp_path / "home-test.jsonl", others[2:])
+    found = checked(tmp_path, rows, validation=others[:1], sure=others[1:2], out_of_scope={"label": "none"}, **keys)
+    assert found.rows == {"train": 10, "validation": 1, "confidence": 1, "test": 1}
+    assert "unusable" not in found.counts
+
+
 def test_rows_that_cannot_be_used_are_named_and_the_others_checked(tmp_path: Path) -> None:
     found = checked(tmp_path, [*ORDERS, {"prompt": "hello"}, {"prompt": "", "completion": "x"}])
     assert [(finding.where[0][-2:], finding.note) for finding in found.of_kind("unusable")] == [
