@@ -22,10 +22,10 @@ STAY = (MISFIT, CONFLICT)
 def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:
     """Write the rows of the training data to `out`, as JSON lines with the same columns.
 
-    Left out are rows that cannot be used, whose answers are probably wrong, that are in another file too, and all but
-    the first of those that repeat, whatever part of the file a build holds out; returns how many, by the kind of the
-    problem. If `weighted`, rows with an answer that is probably wrong stay, and their weight is multiplied by one
-    below 1. UsageError if no row is left.
+    Left out are rows that cannot be used, whose answers are probably wrong, whose prompts are in another file too, and
+    all but the first of those that repeat, whatever part of the file a build holds out; returns how many, by the kind
+    of the problem. If `weighted`, rows with an answer that is probably wrong stay, and their weight is multiplied by
+    one below 1. UsageError if no row is left.
     """
     left_out = _left_out(check)
     weights: dict[str, float] = {}
@@ -58,7 +58,8 @@ def _left_out(check: TaskCheck) -> dict[str, str]:
         if finding.kind in (UNUSABLE, WRONG):
             places |= dict.fromkeys(finding.where, finding.kind)
         elif finding.kind == SHARED:
-            places |= {where.partition(EARLIER_ANSWER)[0]: SHARED for where in finding.where}
+            # An earlier turn such as "hello" makes no conversation useless.
+            places |= {where: SHARED for where in finding.where if EARLIER_ANSWER not in where}
         elif finding.kind == REPEAT:
             places |= dict.fromkeys(finding.where[1:], REPEAT)
     return places

@@ -505,8 +505,8 @@ def test_an_earlier_turn_that_is_learned_and_a_row_of_another_split_is_shared(tm
     talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
     found = checked(tmp_path, [talk, *ORDERS], validation=[{"prompt": "Lamp!", "completion": {"do": "on"}}])
     assert places(found, "shared") == [["train:1, message 2", "validation:1"]]
-    clean = tmp_path / "clean.jsonl"
-    assert write_clean(found, Recipe.from_file(tmp_path / "recipe.yaml").adapters["home"].data, clean) == {"shared": 1}
+    # Its other turns are worth learning.
+    assert write_clean(found, Recipe.from_file(tmp_path / "recipe.yaml").adapters["home"].data, tmp_path / "out") == {}
 
 
 def test_a_file_of_which_no_row_is_left_is_not_written(tmp_path: Path) -> None:
