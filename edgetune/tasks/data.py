@@ -253,7 +253,8 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
         # Columns of data sets have a null where a message lacks a key.
         stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
         turns = messages_for(stated, None)
-        offered = tool_set(json_values(tools) if isinstance(tools, str) else tools)
+        # A cell of a table without tools is blank.
+        offered = tool_set((json_values(tools) if tools.strip() else None) if isinstance(tools, str) else tools)
         if offered is not None:
             check_schemas(offered)
     except UsageError as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -679,6 +680,13 @@ RESULT = {"role": "tool", "content": "done"}
 
 def with_tools(messages: Sequence[object], tools: object = TOOLS) -> str:
     return json.dumps({"messages": messages, "tools": tools})
+
+
+def test_a_blank_cell_of_a_table_is_a_row_without_tools(write: Write) -> None:
+    table = io.StringIO()
+    turns = json.dumps([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Good day."}])
+    csv.writer(table).writerows([("messages", "tools"), (turns, json.dumps(TOOLS)), (turns, ""), (turns, " ")])
+    assert [row.tools is not None for row in read_rows(write(table.getvalue(), "rows.csv"))] == [True, False, False]
 
 
 def test_a_row_can_end_with_a_call_of_its_tools(write: Write, tokenizer: GgufTokenizer) -> None:
