@@ -89,7 +89,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
                 read = reader.usable if split == TEST and beside is not None else reader
                 with reader.naming_problems():
                     rows += [SplitRow(split, row) for row in read(source, data.columns, labels=task.labels or None)]
-    tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
+    tokens, refused, is_estimated = _lengths(task, recipe, rows)
     answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
     kinds = answers.balance(answered, task.metric)
     has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG or (
@@ -97,6 +97,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     )
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
+        *refused,
         *_rows_as_headers(data, task.train),
         *answers.misfits(task, answered),
         *_too_long(rows, tokens, recipe.context_length),
@@ -211,16 +212,28 @@ def test_rows_beside(data: DataSpec, labels: Sequence[str]) -> list[TaskRow]:
     return [] if file is None else _LenientReader().usable(file, data.columns, labels=labels or None)
 
 
-def _lengths(task: Task, recipe: Recipe, rows: Sequence[TaskRow]) -> tuple[list[int], bool]:
-    """The tokens of each row, and whether they are estimated because the base's file is not at hand."""
+def _lengths(task: Task, recipe: Recipe, rows: Sequence[SplitRow]) -> tuple[list[int], list[Finding], bool]:
+    """The tokens of each row, those that the base's chat template rejects, and whether all tokens are estimated.
+
+    They are if the base's file is not at hand. Of rows that are rejected they always are.
+    """
     system, base = task.spec.system, None
     with suppress(EdgetuneError):  # a base that is missing or does not fit is a problem of the build
         base = bases.find(recipe)
     if base is None or base.is_folder:
-        return [estimated_tokens(row, system) for row in rows], True
+        return [estimated_tokens(item.row, system) for item in rows], [], True
+    tokens, refused = list[int](), list[Finding]()
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
-    return [len(example.tokens) for example in examples], False
+        for item in rows:
+            try:
+                (example,), _ = tokenize_rows(
+                    [item.row], tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize
+                )
+                tokens.append(len(example.tokens))
+            except UsageError as error:
+                tokens.append(estimated_tokens(item.row, system))
+                refused.append(Finding.of(UNUSABLE, [item], error.message.removeprefix(f"{item.row.where}: ")))
+    return tokens, refused, False
 
 
 def _too_long(rows: Sequence[SplitRow], tokens: Sequence[int], context_length: int) -> Iterator[Finding]:

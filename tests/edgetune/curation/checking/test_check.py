@@ -12,6 +12,7 @@ import pytest
 import torch
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.tools.prompts import prompt_tokens
 from recipes import adapter_of, write_recipe, write_rows
 
 from edgetune import methods
@@ -29,6 +30,7 @@ from edgetune.curation.checking.said_values import with_unsaid_values
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
+from edgetune.tasks import tokenization
 from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.task import read_task
 from edgetune.tasks.tokenization import tokenize_rows
@@ -190,6 +192,25 @@ def test_rows_that_cannot_be_used_are_named_and_the_others_checked(tmp_path: Pat
         ("22", "prompt is empty"),
     ]
     assert found.rows["train"] + found.rows["validation"] == 20
+
+
+def test_rows_that_the_chat_template_rejects_are_named_and_the_others_checked(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strict(tokenizer: Any, messages: list[Any], tools: Any) -> list[int]:  # noqa: ANN401 - as prompt_tokens
+        if messages[0]["role"] == "system":
+            raise UsageError("the chat template rejects the messages: no system role", "leave it out")
+        return prompt_tokens(tokenizer, messages, tools)
+
+    monkeypatch.setattr(tokenization, "prompt_tokens", strict)
+    said = (("system", "Be kind."), ("user", "lamp"), ("assistant", json.dumps(ORDERS[0]["completion"])))
+    talk = {"messages": [{"role": role, "content": content} for role, content in said]}
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), data={"rows.jsonl": [*ORDERS, talk, ORDERS[0]]})
+    (found,) = check(Recipe.from_file(recipe), progress=QUIET)
+    assert [(finding.where[0][-2:], finding.note) for finding in found.of_kind("unusable")] == [
+        ("21", "the chat template rejects the messages: no system role")
+    ]
+    assert found.counts["repeat"] == 1 and not found.is_estimated and len(found.tokens) == len(ORDERS) + 2
 
 
 def test_labels_that_the_recipe_does_not_list_are_named(tmp_path: Path) -> None:
