@@ -93,11 +93,11 @@ def balance(rows: Sequence[SplitRow], metric: Metric) -> dict[str, dict[str, int
     return {kind: dict(counts) for kind, counts in sorted(counted.items(), key=lambda pair: -pair[1].total())}
 
 
-def rare(kinds: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
-    """The kinds of answers with few training rows."""
+def rare(kinds: Mapping[str, Mapping[str, int]], made: str | None) -> Iterator[Finding]:
+    """The kinds of answers with few training rows, except `made`, of which a build makes more."""
     for kind, counts in kinds.items():
         trained = counts.get(TRAIN, 0)
-        if trained < _FEW_ROWS:
+        if trained < _FEW_ROWS and kind != made:
             rows = ", ".join(f"{count} in {split}" for split, count in {TRAIN: trained, **counts}.items())
             yield Finding(RARE, (), note=f"{kind}: {rows}")
 

@@ -103,7 +103,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         *_too_long(rows, tokens, recipe.context_length),
         *duplicates(rows, has_one_answer=has_one_answer),
         *(conflicts_in_conversations(rows, answered) if has_one_answer else ()),
-        *answers.rare(kinds),
+        *answers.rare(kinds, made=None if spec.out_of_scope is None else spec.out_of_scope.label),
     ]
     check = TaskCheck(
         name,
