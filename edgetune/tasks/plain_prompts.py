@@ -18,6 +18,8 @@ _AS_TYPED = dict.fromkeys("\u2018\u2019\u02bc\u00b4", "'") | dict.fromkeys("\u20
 """Apostrophes and dashes, as the keyboard has them."""
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])[,;!?]+(?=[^\W\d_])")
 """Punctuation without the space after it."""
+_LENGTHS = "'\"\u2032"
+"""Signs of feet and inches, as in 5'."""
 _EMOJI_STYLE = "\ufe0e\ufe0f"
 """What says whether an emoji is in color."""
 
@@ -28,7 +30,8 @@ def plain(text: str) -> str:
     """A text without case, with single spaces, and without punctuation at the ends of words.
 
     Marks and quotes do not count after a space either, as in French. Letters, apostrophes and dashes have one form
-    each, and invisible characters are left out. Signs such as $, % and # count, and the - of a negative number.
+    each, and invisible characters are left out. Signs such as $, % and # count, and of numbers the -, the point of .5
+    and those of feet and inches.
     """
     folded = text if text.isascii() else text.translate({ord(sign): _folded(sign) for sign in set(text)})
     composed = unicodedata.normalize("NFC", folded).casefold()
@@ -36,7 +39,8 @@ def plain(text: str) -> str:
     marks = "".join(filter(_is_mark, punctuation))
     words = _BETWEEN_WORDS.sub(" ", composed).split()
     words = [word for word in words if word.strip(marks)] or words
-    return " ".join(_without_ends(word, punctuation) for word in words)
+    lengths = _lengths_in(composed)
+    return " ".join(_without_ends(word, punctuation, lengths) for word in words)
 
 
 def plain_prompt(row: TaskRow) -> str:
@@ -72,10 +76,26 @@ def shared_prompt(apart: Iterable[TaskRow], trained: Iterable[TaskRow]) -> Calla
     return prompt_of
 
 
-def _without_ends(word: str, punctuation: str) -> str:
-    """The word without punctuation at its ends; a word of punctuation alone as it is."""
-    bare = word.strip(punctuation) or word
-    return f"-{bare}" if bare[0].isdecimal() and f"-{bare}" in word else bare
+def _without_ends(word: str, punctuation: str, lengths: str) -> str:
+    """The word without punctuation at its ends, except what makes a number another one; punctuation alone as it is."""
+    bare = word.strip(punctuation)
+    if bare in ("", word):
+        return word
+    before, _, after = word.partition(bare)
+    minus = point = length = ""
+    if bare[0].isdecimal():
+        point = "." if before.endswith(".") and not before.endswith("..") else ""
+        minus = "-" if before.removesuffix(point).endswith("-") else ""
+    if bare[-1].isdecimal():
+        length = after[: len(after) - len(after.lstrip(lengths))] if lengths else ""
+    return f"{minus}{point}{bare}{length}"
+
+
+def _lengths_in(text: str) -> str:
+    """The signs of feet and inches, without those that begin a quotation, and so may end one after a number."""
+    return "".join(
+        sign for sign in _LENGTHS if sign in text and not re.search(rf"(?<![\w{_LENGTHS}]){sign}(?=\S)", text)
+    )
 
 
 def _folded(sign: str) -> str:
