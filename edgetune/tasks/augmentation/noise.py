@@ -52,14 +52,17 @@ _TYPED_LETTERS = 4
 
 def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: bool) -> tuple[str, str]:
     """The prompt as if spoken or typed in haste, and which of these changes it; `kept` is what stays."""
+    stays = bytearray(len(prompt))  # 1 for each character that does
+    for mention in kept:
+        stays[mention.start : mention.end] = b"\1" * (mention.end - mention.start)
     for kind in rng.sample(("spoken", "spoken", "mistyped", "other case"), 4):
         if kind == "mistyped":
-            text = _mistyped(prompt, kept, rng)
+            text = _mistyped(prompt, stays, rng)
         elif kind == "other case":
-            text = _changed(prompt, kept, str.upper if rng.random() < _WORD_RATE else str.lower)
+            text = _changed(prompt, stays, str.upper if rng.random() < _WORD_RATE else str.lower)
         else:
             is_said = not _SIGNS.search(prompt)
-            words = _changed(prompt, kept, lambda word: _spoken(word, rng, english=english)).split()
+            words = _changed(prompt, stays, lambda word: _spoken(word, rng, english=english)).split()
             text = " ".join(words) if is_said else prompt
         if text not in ("", prompt):
             return text, kind
@@ -71,27 +74,25 @@ def has_case(word: str) -> bool:
     return all(letter.islower() or letter.isupper() for letter in word)
 
 
-def _changed(prompt: str, kept: Sequence[Mention], change: Callable[[str], str]) -> str:
-    """The prompt with each word, number and punctuation mark changed, except those in `kept`."""
+def _changed(prompt: str, stays: bytearray, change: Callable[[str], str]) -> str:
+    """The prompt with each word, number and punctuation mark changed, except those with characters that stay."""
 
     def changed(match: re.Match[str]) -> str:
-        return match[0] if _is_kept(match, kept) else change(match[0])
+        return match[0] if any(stays[match.start() : match.end()]) else change(match[0])
 
     return _TOKEN.sub(changed, prompt)
 
 
-def _mistyped(prompt: str, kept: Sequence[Mention], rng: random.Random) -> str:
+def _mistyped(prompt: str, stays: bytearray, rng: random.Random) -> str:
     """The prompt with a typo in one word."""
     words = [m for m in _TOKEN.finditer(prompt) if len(m[0]) >= _TYPED_LETTERS and has_case(m[0])]
-    words = [match for match in words if match[0].lower() not in NUMBERS and not _is_kept(match, kept)]
+    words = [
+        match for match in words if match[0].lower() not in NUMBERS and not any(stays[match.start() : match.end()])
+    ]
     if not words:
         return prompt
     match = rng.choice(words)
     return prompt[: match.start()] + _typo(match[0], rng) + prompt[match.end() :]
-
-
-def _is_kept(match: re.Match[str], kept: Sequence[Mention]) -> bool:
-    return any(Mention(match.start(), match.end()).overlaps(mention) for mention in kept)
 
 
 def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
