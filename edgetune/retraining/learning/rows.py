@@ -23,9 +23,9 @@ from edgetune.tasks.task import Task
 from .corrections import LOG, corrected_rows
 
 MIN_CORRECTIONS = 4
-"""Fewest corrections of an adapter to learn from; a part of them is held out."""
+"""Fewest different plain prompts of corrections to learn from: all corrections of some of them are held out."""
 _HELD_OUT_PARTS = 4
-"""One of so many parts of the corrections is not learned, but only compared."""
+"""One of so many plain prompts of the corrections is not learned, but only compared."""
 
 
 class TooFewCorrectionsError(UsageError):
@@ -82,19 +82,25 @@ def learned_rows(
     rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
     corrected = {prompt: row for prompt, row in rows.items() if prompt_of(row) not in kept_apart}
     left_out = len(rows) - len(corrected)
-    if len(corrected) < MIN_CORRECTIONS:
+    plain = {prompt: prompt_of(row) for prompt, row in corrected.items()}
+    different = len({*plain.values()})
+    if different < MIN_CORRECTIONS:
         message = f"the log has {len(rows)} new corrected answers of adapter {task.name!r}"
         if left_out:
             message += f"; {left_out} have prompts for validation or the confidence, which leaves {len(corrected)}"
+        if different < len(corrected):
+            message += f"; apart from case, punctuation and the system prompt, these have {different} different prompts"
         message += f", fewer than {MIN_CORRECTIONS}" + (f"; left out: {first_of(unfit)}" if unfit else "")
-        raise TooFewCorrectionsError(message, "correct more answers, or label some with `edgetune learn --ask N`")
-    plain = {prompt: prompt_of(row) for prompt, row in corrected.items()}
+        remedy = "correct answers to more prompts, or label some with `edgetune learn --ask N`"
+        raise TooFewCorrectionsError(message, remedy)
+    kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
+    # An earlier answer may have made it the prompt of another correction.
+    kept = [row for row in kept if row.prompt_key not in corrected]
     # What other rows and conversations have, also in another case, is learned with them.
-    known = answered_prompts((row for row in train if row.prompt_key not in corrected), prompt_of)
+    known = answered_prompts(kept, prompt_of)
     held = {*[text for text in dict.fromkeys(plain.values()) if text not in known][::_HELD_OUT_PARTS]}
     held_out = [row for prompt, row in corrected.items() if plain[prompt] in held]
     learned = [row for prompt, row in corrected.items() if plain[prompt] not in held]
-    kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
     made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]
     several = [row.prompt for prompt, row in corrected.items() if len(corrections[prompt]) > 1]
     return LearnedRows([*kept, *learned], validation, held_out, len(learned), made, left_out, unfit, several)
@@ -137,15 +143,16 @@ def _values(row: TaskRow) -> dict[str, Any]:
 
 
 def _with_corrections(row: TaskRow, corrected: Mapping[str, TaskRow]) -> TaskRow:
-    """The row with the corrections in place of earlier answers to their prompts.
+    """The row with the corrections in place of earlier answers to their prompts, as these were or have become.
 
     Calls stay, as their results follow them, and are not learned.
     """
     turns = list(row.turns)
     for place, turn in enumerate(row.turns[:-1]):
         if turn["role"] == "assistant":
-            begun = row.with_turns(row.turns[: place + 1])
-            correction = corrected.get(begun.prompt_key)
+            begun = row.with_turns(turns[: place + 1])
+            before = row.with_turns(row.turns[: place + 1])
+            correction = corrected.get(begun.prompt_key) or corrected.get(before.prompt_key)
             if correction is not None and correction.completion != begun.completion:
                 # One that was not learned is not learned now, as its correction may be held out.
                 kept = {WEIGHT: turn[WEIGHT]} if WEIGHT in turn else {}

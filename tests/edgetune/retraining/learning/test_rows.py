@@ -101,6 +101,21 @@ def test_no_correction_is_held_out_whose_prompt_is_learned_in_another_case(tmp_p
     assert rows.learned == 14
 
 
+def test_corrections_of_one_sentence_are_too_few_however_often_it_was_said(tmp_path: Path) -> None:
+    task, answer = task_of(tmp_path), FINE[0][1]
+    told = "has 4 new corrected answers of adapter 'home'; apart from case, .* these have 2 different prompts, fewer"
+    with pytest.raises(TooFewCorrectionsError, match=told):
+        learned_rows(task, corrected(*[(text, answer) for text in ("Light it", "light it", "light it!", "dim it")]))
+    days = [
+        replace(entry, messages=({"role": "system", "content": f"Today is day {number}."}, *entry.messages))
+        for number, entry in enumerate(corrected(*[FINE[0]] * 6))
+    ]
+    with pytest.raises(TooFewCorrectionsError, match=r"has 6 new .* these have 1 different prompts, fewer than 4"):
+        learned_rows(task, days)
+    rows = learned_rows(task, [*days, *(replace(entry, id=f"b{entry.id}") for entry in corrected(*FINE[1:]))])
+    assert (rows.learned, len(rows.held_out)) == (3, 6)
+
+
 def test_no_copy_has_the_prompt_of_a_correction_that_is_held_out(tmp_path: Path) -> None:
     data = {"train": "rows.jsonl", "validation": "more.jsonl", "augment": {"copies": 9, "noise": 0}}
     task = task_of(tmp_path, data=data)
@@ -161,6 +176,28 @@ def test_a_correction_takes_its_place_in_conversations_too(tmp_path: Path) -> No
     assert FINE[0][0] not in {row.prompt for row in rows.held_out}
     (taught,) = [row for row in rows.train if row.where == "x:1"]
     assert taught.turns == (asked, {**old, "content": FINE[0][1]}, more, talk.turns[-1])
+
+
+@pytest.mark.parametrize("is_after_the_right_one", [True, False])
+def test_a_correction_after_a_corrected_answer_takes_the_place_of_the_old_one(
+    is_after_the_right_one: bool, tmp_path: Path
+) -> None:
+    task = task_of(tmp_path)
+    asked, off, more = ({"role": "user", "content": text} for text in ("light it", "and now off", "and the den"))
+    old, new, den = (
+        f'{{"do": "{do}", "area": "{area}"}}' for do, area in (("on", "hall"), ("on", "loft"), ("off", "den"))
+    )
+    said, right = ({"role": "assistant", "content": text} for text in (old, new))
+    short, long = TaskRow("x:1", (asked, said, off), old), TaskRow("x:2", (asked, said, off, said, more), den)
+    first, second = corrected(("light it", new), ("and now off", den))
+    second = replace(second, id="b1", messages=(asked, right if is_after_the_right_one else said, off))
+    entries = [second, replace(first, id="b0"), *corrected(*FINE)]
+    rows = learned_rows(replace(task, train=[*task.train, short]), entries)
+    assert "x:1" not in {row.where for row in rows.train}
+    rows = learned_rows(replace(task, train=[*task.train, long]), entries)
+    (taught,) = [row for row in rows.train if row.where == "x:2"]
+    assert [turn["content"] for turn in taught.turns[1::2]] == [new, den, den]
+    assert "log:b0" not in {row.where for row in rows.held_out}
 
 
 def test_a_correction_of_an_answer_that_was_not_learned_is_not_learned_in_its_conversation(tmp_path: Path) -> None:
