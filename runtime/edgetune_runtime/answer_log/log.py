@@ -44,17 +44,17 @@ class _Recent:
 class AnswerLog:
     """Appends answers of a bundle to `path`, and corrected ones once more. Thread-safe; for one process.
 
-    The file and the one before it, `PATH.1`, have at most `max_bytes` together; the oldest lines are dropped. What the
-    regular expressions `redact` find in prompts, answers and corrections is replaced, but for names of fields, and in
-    tools nothing is; texts in which that takes too long are replaced as a whole. Others than the user of the process
-    cannot read the files. UsageError for a path that cannot be written, an invalid expression, and fewer than
-    100,000 bytes.
+    The file, to which `path` may be a link, and the one before it, `PATH.1`, have at most `max_bytes` together; the
+    oldest lines are dropped. What the regular expressions `redact` find in prompts, answers and corrections is
+    replaced, but for names of fields, and in tools nothing is; texts in which that takes too long are replaced as a
+    whole. Others than the user of the process cannot read the files. UsageError for a path that cannot be written, for
+    one of both files that is no log, an invalid expression, and fewer than 100,000 bytes.
     """
 
     def __init__(
         self, path: str | Path, manifest: Manifest, *, max_bytes: int = MAX_BYTES, redact: Sequence[str] = ()
     ) -> None:
-        path = Path(path)
+        path = _without_link(Path(path))
         if max_bytes < _MIN_BYTES:
             raise UsageError(f"a log of {max_bytes} bytes is too small", f"give at least {_MIN_BYTES}")
         self.path, self._manifest, self._max_bytes = path, manifest, max_bytes
@@ -63,11 +63,13 @@ class AnswerLog:
         # A judgement reads an answer and writes it again.
         self._lock = threading.RLock()
         try:
-            if path.exists() and not _is_log(path):
-                raise UsageError(f"{path} is not a log of answers", "choose another file")
+            for file in filter(Path.exists, (path, file_before(path))):
+                if not _is_log(file):
+                    raise UsageError(f"{file} is not a log of answers", "choose another file")
             append_lines(path, "")
         except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}", "choose another file") from error
+            message = f"cannot write {error.filename or path}: {error.strerror}"
+            raise UsageError(message, "choose another file") from error
 
         for file in filter(Path.is_file, (path, file_before(path))):
             # Another user's file, or one on a file system without modes, stays as it is.
@@ -188,8 +190,15 @@ def append_lines(path: Path, lines: str) -> None:
 
 
 def file_before(path: Path) -> Path:
-    """The file that the log was before it was full."""
+    """The file that the log was before it was full; beside the file itself if the path is a link to it."""
+    path = _without_link(path)
     return path.with_name(f"{path.name}.1")
+
+
+def _without_link(path: Path) -> Path:
+    """The file that a link is to: a full log is renamed, which would rename the link."""
+    # `Path.resolve` raises RuntimeError for links to each other, where opening the file raises OSError.
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _calls(message: Message) -> Sequence[Mapping[str, Any]]:

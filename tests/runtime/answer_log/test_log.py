@@ -336,6 +336,38 @@ def test_a_log_that_was_allowed_more_bytes_loses_its_oldest_answers(manifest: Ma
     assert kept[-1] == names[-1] and 50 < len(kept) < 300
 
 
+def test_a_file_beside_the_log_that_is_not_the_one_before_it_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    path, notes = tmp_path / "notes", tmp_path / "notes.1"
+    notes.write_text("my own notes\n" * 8000)
+    notes.chmod(0o644)
+    with pytest.raises(UsageError, match=r"notes\.1 is not a log of answers; choose another file"):
+        AnswerLog(path, manifest, max_bytes=100_000)
+    assert (notes.stat().st_size, notes.stat().st_mode & 0o777, path.exists()) == (13 * 8000, 0o644, False)
+    notes.unlink()
+    notes.mkdir()
+    with pytest.raises(UsageError, match=r"cannot write .*notes\.1: Is a directory; choose another file"):
+        AnswerLog(path, manifest)
+
+
+def test_a_log_behind_a_link_keeps_its_newest_answers_there(manifest: Manifest, tmp_path: Path) -> None:
+    link, disk = tmp_path / "answers.jsonl", tmp_path / "disk"
+    disk.mkdir()
+    link.symlink_to("disk/real.jsonl")
+    log = AnswerLog(link, manifest, max_bytes=100_000)
+    names = [log.answered(f"question {number} " * 20, "answer", adapter="command") for number in range(500)]
+    assert link.is_symlink() and {*tmp_path.iterdir()} == {link, disk}
+    assert {file.name for file in disk.iterdir()} == {"real.jsonl", "real.jsonl.1"}
+    assert sum(file.stat().st_size for file in disk.iterdir()) <= 100_000
+    kept = [entry.id for entry in read_answer_log(link, manifest)]
+    assert kept == names[-len(kept) :] and len(kept) > (disk / "real.jsonl").read_bytes().count(b"\n")
+    (disk / "real.jsonl").unlink()
+    assert read_answer_log(link, manifest)
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(UsageError, match="cannot write"):
+        AnswerLog(link, manifest)
+
+
 def test_an_answer_that_is_too_long_is_left_out_with_a_warning(
     manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
