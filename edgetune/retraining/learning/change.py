@@ -14,6 +14,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.errors import UsageError
 
 from edgetune.common.progress import Progress
+from edgetune.curation.checking.findings import VALIDATION
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import ScoredRow, score
 from edgetune.tasks.metrics import per_conversation
@@ -98,6 +99,22 @@ class ScoredSet:
 
 Scores = Mapping[str, Mapping[str, ScoredSet]]
 """The sets of rows of each adapter, as a bundle answered them."""
+
+
+def sets_of(
+    name: str, validation: Sequence[TaskRow], kind: str, more: Sequence[TaskRow], progress: Progress
+) -> dict[str, Sequence[TaskRow]]:
+    """The rows to compare an adapter on: those for validation and `more` of a `kind`, without empty sets.
+
+    Of validation rows only those that the metric can score are given, which may be none; UsageError without any rows.
+    """
+    sets = {key: rows for key, rows in ((VALIDATION, validation), (kind, more)) if rows}
+    if not sets:
+        message = f"adapter {name!r} has no validation row that can be scored"
+        raise UsageError(message, "add some with prompts that no training row has, or choose another metric")
+    if not validation:
+        progress.say(f"warning: {name}: no validation row can be scored, so only the {kind} rows are compared")
+    return sets
 
 
 def scored(bundle: Path, rows: RowsByAdapter, progress: Progress) -> Scores:

@@ -20,7 +20,6 @@ from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked, named
-from edgetune.curation.checking.findings import VALIDATION
 from edgetune.methods.common.peft import as_names
 from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.recipe.model import Recipe
@@ -32,7 +31,7 @@ from edgetune.tasks.evaluation import rows_that_fit
 from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task, read_task
 
-from .change import Changes, changes_between, scored, worse_sets
+from .change import Changes, changes_between, scored, sets_of, worse_sets
 from .kept import (
     adapter_folders,
     kept_folder,
@@ -115,10 +114,12 @@ def learn(
                 progress.say(f"warning: {name}: {doubt}; its old score may be too high: build again first")
             if doubt := system_doubt(manifest, task):
                 progress.say(f"warning: {name}: {doubt}")
-        rows = _rows_of(tasks, corrected, bundle, progress)
+        rows, sets = _rows_of(tasks, corrected, bundle, progress), dict[str, dict[str, Sequence[TaskRow]]]()
         for name, split in rows.items():
             for doubt in doubts(tasks[name], split):
                 progress.say(f"{name}: {doubt}")
+            validation = tasks[name].scored([*split.validation, *split.made], split.train)
+            sets[name] = sets_of(name, validation, CORRECTIONS, split.held_out, progress)
         staged = work / out.name
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
@@ -128,13 +129,6 @@ def learn(
         }
         again = loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}, "route": None})
         build(_of_base(again, bundle, manifest).only(specs), staged, progress=progress, into=True)
-        sets = {
-            name: {
-                VALIDATION: tasks[name].scored([*split.validation, *split.made], split.train),
-                **({CORRECTIONS: split.held_out} if split.held_out else {}),
-            }
-            for name, split in rows.items()
-        }
         changes = changes_between(*(scored(folder, sets, progress) for folder in (bundle, staged)))
         learned = Learned(out, changes, {name: split.learned for name, split in rows.items()})
         if learned.worse:

@@ -18,12 +18,12 @@ from edgetune.building.pipeline import build
 from edgetune.building.plan import plan_build, with_download
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import beside, locked, named, work_folder
-from edgetune.curation.checking.findings import TEST, VALIDATION
+from edgetune.curation.checking.findings import TEST
 from edgetune.planning.records import BasePlan, BuildPlan
 from edgetune.recipe.rows import Rows
 from edgetune.report.answers import split_doubt
 from edgetune.report.facts import facts_of
-from edgetune.retraining.learning.change import Changes, changes_between, scored, worse_sets
+from edgetune.retraining.learning.change import Changes, changes_between, scored, sets_of, worse_sets
 from edgetune.retraining.learning.kept import kept_folder, swap_in_and_keep, system_doubt, unchanged
 from edgetune.shipping.exported import BuildBase
 from edgetune.tasks.evaluation import rows_for
@@ -115,6 +115,10 @@ def rebase(
                 progress.say(f"warning: {task.name}: {doubt}; its old score may be too high: give test rows")
             if doubt := system_doubt(manifest, task):
                 progress.say(f"warning: {task.name}: {doubt}")
+        sets = {
+            task.name: sets_of(task.name, task.validation_answers, TEST, tests.get(task.name, ()), progress)
+            for task in planned.tasks
+        }
         if planned.plan.source is None:
             planned = with_download(planned, staged)
         plan = planned.plan
@@ -122,10 +126,6 @@ def rebase(
         base = None if manifest.base.domain else _base_of(plan, work_folder(staged), progress, converter)
         if base is not None and base.fingerprint == manifest.base.fingerprint:
             raise _same_base(plan.base, bundle)
-        sets = {
-            task.name: {VALIDATION: task.validation_answers, **({TEST: tests[task.name]} if task.name in tests else {})}
-            for task in planned.tasks
-        }
         before = scored(bundle, sets, progress)
         build(recipe, staged, progress=progress, converter=converter)
         changes = changes_between(before, scored(staged, sets, progress))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from edgetune_runtime.errors import UsageError
+from trainings import Listening
 
-from edgetune.retraining.learning.change import ScoredSet, change_between
+from edgetune.retraining.learning.change import ScoredSet, change_between, sets_of
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import ScoredRow
 
 
@@ -77,3 +79,14 @@ def test_only_rows_that_fit_both_bundles_are_compared() -> None:
     assert (change.rows, change.left_out, change.before, change.after) == (2, 1, 0.5, 0.5)
     with pytest.raises(UsageError, match="no row fits in the context of both bundles; use shorter rows"):
         change_between(scored_set(1), scored_set(1, first=5, too_long=1))
+
+
+def test_validation_rows_that_no_metric_scores_are_left_out_beside_other_rows() -> None:
+    rows, listening = [TaskRow("x:1", text="lamp")], Listening()
+    assert sets_of("home", rows, "test", (), listening) == {"validation": rows}
+    assert sets_of("home", rows, "test", rows, listening) == {"validation": rows, "test": rows}
+    assert listening.lines == []
+    assert sets_of("home", (), "test", rows, listening) == {"test": rows}
+    assert listening.lines == ["warning: home: no validation row can be scored, so only the test rows are compared"]
+    with pytest.raises(UsageError, match="adapter 'home' has no validation row that can be scored; add some with"):
+        sets_of("home", (), "test", (), listening)

@@ -513,6 +513,31 @@ def test_outputs_that_cannot_be_are_refused(
     assert recipe.read_bytes() == home.with_name(NAME).read_bytes()
 
 
+def test_without_rows_to_score_nothing_is_trained(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools: list[Any] = [{"name": "on", "parameters": {"type": "object", "properties": {"room": {"type": "string"}}}}]
+    rooms = ("hall", "attic", "den", "loft", "study", "cellar")
+
+    def talk(room: str, said: str) -> dict[str, Any]:
+        call = {"function": {"name": "on", "arguments": {"room": room}}}
+        turns = [("user", f"light the {room}"), ("assistant", ""), ("tool", "ok"), ("assistant", said)]
+        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+        messages[1]["tool_calls"] = [call]
+        return {"tools": tools, "messages": messages}
+
+    # Their calls are learned, and the words after them are not compared.
+    write_rows(home.with_name("light.jsonl"), [talk(room, "It is lit.") for room in rooms])
+    write_rows(home.with_name("more.jsonl"), [talk(room, "Done.") for room in rooms[:2]])
+    light = {"data": {"train": "light.jsonl", "validation": "more.jsonl"}, "metric": "json"}
+    write_recipe(home.parent, "missing.gguf", {"light": light}, data={})
+    log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
+    for room in rooms:
+        answer = log.answered(f"Light the {room}!", "", calls=[], tools=tools, adapter="light")
+        log.corrected(answer, {"tool_calls": [{"name": "on", "arguments": {"room": room}}]})
+    monkeypatch.setattr("edgetune.retraining.learning.learn.build", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(UsageError, match="adapter 'light' has no validation row that can be scored; add some with"):
+        run(home, log.path)
+
+
 def test_another_bundle_is_not_replaced(home: Path) -> None:
     other = Path(shutil.copytree(home, home.with_name("other")))
     change_manifest(other, lambda raw: raw.update(name="other"))
