@@ -41,11 +41,11 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
             row = row_of(entry, _turn(task, entry, spacing), task.spec.system)
             problem = problem_with(row, task.metric, task.labels, output)
         except UsageError as error:
-            if (reason := _unfit(entry)) is not None:
+            if (reason := unfit(entry)) is not None:
                 left_out.append(reason)
                 continue
             problem = f"cannot be an answer: {str(error).removeprefix(f'{LOG}{entry.id}: ')}"
-        is_redacted = REDACTED in (entry.correction, last_user_text(list(entry.messages)))
+        is_redacted = entry.correction == REDACTED or is_redacted_as_a_whole(entry)
         if is_redacted:
             problem = "was redacted as a whole, or what was asked"
         has_redacted = REDACTED in (entry.correction or "")
@@ -78,7 +78,12 @@ def row_of(entry: LoggedAnswer, turn: Message, system: str | None) -> TaskRow:
     return row
 
 
-def _unfit(entry: LoggedAnswer) -> str | None:
+def is_redacted_as_a_whole(entry: LoggedAnswer) -> bool:
+    """Whether nothing is left of what was asked, so that no answer to it can be learned."""
+    return last_user_text(list(entry.messages)) == REDACTED
+
+
+def unfit(entry: LoggedAnswer) -> str | None:
     """Why the conversation cannot be a row, whatever its answer."""
     try:
         row_of(entry, {"role": "assistant", "content": "any"}, None)

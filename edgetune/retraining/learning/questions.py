@@ -24,7 +24,7 @@ from edgetune.common.files import write_file
 from edgetune.recipe.output import AUTO
 from edgetune.recipe.parts import Metric
 
-from .corrections import problem_with, row_of
+from .corrections import is_redacted_as_a_whole, problem_with, row_of, unfit
 
 SKIP, QUIT = "s", "q"
 HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the right answer."
@@ -33,7 +33,7 @@ HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the rig
 def most_informative(entries: Sequence[LoggedAnswer], count: int, manifest: Manifest) -> list[LoggedAnswer]:
     """Up to `count` answers of the bundle's adapters, to different prompts: wrong ones, and then the least sure, first.
 
-    Answers with a correction are left out, but for corrections that cannot be answers.
+    Answers with a correction are left out, but for corrections that cannot be answers, and so is what is never learned.
     """
     if not count:
         return []
@@ -42,9 +42,12 @@ def most_informative(entries: Sequence[LoggedAnswer], count: int, manifest: Mani
     corrected = {_key(entry) for entry in own if entry.correction is not None and entry.id not in bad}
     first: dict[tuple[str | None, str], LoggedAnswer] = {}
     for entry in sorted(own, key=_doubtlessness):
-        if entry.id in bad or _key(entry) not in corrected:
+        is_open = entry.id in bad or _key(entry) not in corrected
+        if is_open and unfit(entry) is None and not is_redacted_as_a_whole(entry):
             first.setdefault(_key(entry), entry)
-    return list(first.values())[:count]
+        if len(first) == count:
+            break
+    return list(first.values())
 
 
 def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str], manifest: Manifest) -> Iterator[LoggedAnswer]:
@@ -93,7 +96,7 @@ def _is_badly_corrected(manifest: Manifest, entry: LoggedAnswer) -> bool:
     text = entry.correction
     if text is None or text == entry.answer or REDACTED in text:
         return False
-    return not text or _problem(manifest, entry, text) is not None
+    return not text.strip() or _problem(manifest, entry, text) is not None
 
 
 def _problem(manifest: Manifest, entry: LoggedAnswer, text: str) -> str | None:

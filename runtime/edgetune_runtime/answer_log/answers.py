@@ -55,7 +55,7 @@ class LoggedAnswer:
         if text is None and self.is_cut_off:
             raise UsageError("the answer was cut off, which is not to be learned", "give the right answer")
         right = self.answer if text is None else text
-        if not right:
+        if not right.strip():
             raise UsageError("the right answer is empty, which is not to be learned", "give a text")
         self.message_of(right)
         return replace(self, correction=right, is_wrong=right != self.answer)

@@ -486,6 +486,27 @@ def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
     assert asked == [("a", 0.8), ("b", 0.5)]
 
 
+def test_what_cannot_be_learned_is_not_asked(home: Path) -> None:
+    manifest = read_manifest(home)
+    log = AnswerLog(home.with_name("answers.jsonl"), manifest, redact=["^secret$"])
+    twice = [{"role": "user", "content": text} for text in ("lamp", "on")]
+    for number, prompt in enumerate((twice, "secret", "lamp 1", "lamp 2")):
+        log.answered(prompt, "reply", adapter="light", confidence=number / 10)
+    entries = read_logs(home, [log.path], QUIET.say)
+    assert [entry.messages[-1]["content"] for entry in most_informative(entries, 2, manifest)] == ["lamp 1", "lamp 2"]
+
+
+def test_a_correction_of_white_space_is_refused_and_in_a_log_asked_again(home: Path) -> None:
+    log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
+    answer = log.answered("lamp", "reply", adapter="light")
+    with pytest.raises(UsageError, match="the right answer is empty, which is not to be learned; give a text"):
+        log.corrected(answer, " \n")
+    (line,) = map(json.loads, log.path.read_text().splitlines())
+    write_rows(log.path, [{**line, "correction": " \n"}])
+    entries = read_logs(home, [log.path], QUIET.say)
+    assert [entry.id for entry in most_informative(entries, 9, read_manifest(home))] == [answer]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
