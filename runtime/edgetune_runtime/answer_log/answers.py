@@ -63,9 +63,13 @@ class LoggedAnswer:
     def message_of(self, text: str) -> Message:
         """The assistant's message of a text as in `answer` and `correction`.
 
-        UsageError for calls of tools in another form, and for those of anything but the tools.
+        UsageError for calls of tools in another form, for those of anything but the tools, and for JSON with a number
+        such as 1e999.
         """
         value = json_or_none(text)
+        if isinstance(value, dict | list) and not _is_finite(value):
+            infinite = f"{shortened(text, 80)!r} has a number that is not finite, which JSON cannot have"
+            raise UsageError(infinite, "give a finite number")
         if self.tools is None or not _has_calls(value):
             if self.tools is not None and _is_plain_json(text) and not _is_plain_json(self.answer):
                 raise UsageError(f"{shortened(text, 80)!r} calls no tool", _CALLS)
@@ -128,6 +132,15 @@ def merged(entries: dict[str, LoggedAnswer], entry: LoggedAnswer) -> None:
 
 def _has_calls(value: object) -> bool:
     return isinstance(value, dict) and "tool_calls" in value
+
+
+def _is_finite(value: object) -> bool:
+    """Whether an object or a list can be written as JSON again: Python reads 1e999 as infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_plain_json(text: str) -> bool:

@@ -163,6 +163,19 @@ def test_corrections_are_written_as_the_rows_are(tmp_path: Path) -> None:
     assert [row.completion for row in corrected_rows(read_task("home", recipe), [entry])[0]] == ['{"n":7,"on":true}']
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_numbers_that_json_cannot_have_are_refused(number: str, tools: list[Any] | None, tmp_path: Path) -> None:
+    text = f'{{"tool_calls": [{{"name": "lamp", "arguments": {{"state": {number}}}}}]}}'
+    entry = logged(1, [asked("lamp")], text, tools)
+    told = "has a number that is not finite, which JSON cannot have; give a finite number"
+    with pytest.raises(UsageError, match=told):
+        entry.with_correction(text)
+    with pytest.raises(UsageError, match=r"answer a1 to 'lamp': the correction .* cannot be an answer: .* not finite"):
+        corrected_rows(task_of(tmp_path), [entry])
+    assert entry.with_correction(number).correction == number
+
+
 def test_spaces_around_a_label_are_nobodys(tmp_path: Path) -> None:
     rows = [{"text": f"make it {color} {n}", "label": color} for n in range(8) for color in ("red", "warm")]
     adapters = {"home": {"data": {"train": "rows.jsonl"}}}
