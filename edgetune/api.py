@@ -234,7 +234,7 @@ def rebase(
     Raises EdgetuneError, before any training, for a bundle without a recipe, rows that are gone, and a base that cannot
     hold the adapters or is that of the bundle; and what `build` raises.
     """
-    from .common.work_folder import beside  # noqa: PLC0415 - filelock
+    from .common.work_folder import rebased_folder  # noqa: PLC0415 - filelock
     from .retraining.rebasing import rebase as rebasing  # noqa: PLC0415 - torch
     from .retraining.rebasing.recipe import RecipeSource  # noqa: PLC0415 - as above
 
@@ -250,7 +250,7 @@ def rebase(
     with _interruptible(progress):
         return rebasing.rebase(
             path,
-            beside(path, "-rebased") if out is None else Path(out),
+            rebased_folder(path) if out is None else Path(out),
             source,
             {name: _source(f"data.{name}", rows) for name, rows in (data or {}).items()},
             progress=progress,

@@ -115,22 +115,26 @@ def refuse_given(options: Mapping[str, object], when: str, remedy: str) -> None:
         raise UsageError(f"{given[0]} does nothing {when}", remedy)
 
 
-def check_not_read(out: Path, read: Iterable[str | Path], bundle: Path | None = None) -> None:
-    """UsageError if `out` is a folder, is inside the bundle, or is one of the files that the command reads."""
+def check_not_read(out: Path, read: Iterable[str | Path], *bundles: Path) -> None:
+    """UsageError if `out` is a folder, is inside one of the bundles, or is one of the files that the command reads."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "give the name of a file")
     written = out.resolve()
     if any(written == Path(file).resolve() for file in read):
         raise UsageError(f"{out} is a file that this command reads", "write to another file")
-    if bundle is not None and bundle.resolve() in written.parents:
-        raise UsageError(f"{out} is inside the bundle {bundle}", "give a file beside it")
+    for bundle in bundles:
+        if bundle.resolve() in written.parents:
+            raise UsageError(f"{out} is inside the bundle {bundle}", "give a file beside it")
 
 
-def check_page(page: Path, bundle: Path | None = None) -> None:
-    """UsageError for a page that is no .html file, so that it replaces no file that is read, or is in the bundle."""
+def check_page(page: Path, *bundles: Path) -> None:
+    """UsageError for a page that is no .html file, so that it replaces no file that is read, or is in a bundle.
+
+    The bundles are those that the command reads or writes.
+    """
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{page} is not an .html file, and pages are written as HTML", "name it .html")
-    check_not_read(page, (), bundle)
+    check_not_read(page, (), *bundles)
 
 
 def check_rows_file(out: Path, read: Iterable[str | Path]) -> None:

@@ -65,7 +65,7 @@ def learn(
     if questions is not None and not ask:
         raise UsageError("--questions is given without --ask", "say how many with --ask N")
     if page is not None:
-        check_page(page, bundle)
+        check_page(page, bundle, into or bundle)
     if questions is not None:
         check_not_read(questions, [*log, *map(file_before, log)], bundle)
         # A user may have completed it.

@@ -75,13 +75,14 @@ def rebase(
     bundles answer the validation rows, and test rows if there are any. The new bundle is packed only if no adapter got
     worse by more than one standard error, or as --margin says.
     """
+    from edgetune.common.work_folder import named, rebased_folder
     from edgetune.recipe.problems import check_set_once
 
     changes, tests = settings_of(settings), pairs_of(data or (), "--data", "NAME=FILE")
     flags = {"base": base, "quantization": quantization}
     check_set_once(changes, {f"--{key}": [key] for key, value in flags.items() if value is not None})
     if page is not None:
-        check_page(page, bundle)
+        check_page(page, bundle, out or rebased_folder(bundle))
     result = edgetune.rebase(
         bundle,
         base,
@@ -98,7 +99,6 @@ def rebase(
     )
     if page is not None:
         from edgetune.common.files import write_file
-        from edgetune.common.work_folder import named
         from edgetune.retraining.rebasing.page import page_of
 
         write_file(page, page_of(named(bundle).name, result))

@@ -33,6 +33,11 @@ def work_folder(out: Path) -> Path:
     return beside(out, ".work")
 
 
+def rebased_folder(bundle: Path) -> Path:
+    """Where the bundle on another base is by default."""
+    return beside(bundle, "-rebased")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder, and hold its lock in the block; the system releases the lock of a process that ends.

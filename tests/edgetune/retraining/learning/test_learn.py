@@ -512,6 +512,7 @@ def test_a_correction_of_white_space_is_refused_and_in_a_log_asked_again(home: P
     [
         (["--page", "{log}"], "log.jsonl is not an .html file, and pages are written as HTML; name it .html"),
         (["--page", "{home}/page.html"], "page.html is inside the bundle"),
+        (["--page", "{home}-new/page.html", "--into", "{home}-new"], "page.html is inside the bundle"),
         (["--ask", "2", "--questions", "{home}/q.jsonl"], "q.jsonl is inside the bundle"),
         (["--ask", "2", "--questions", "{log}"], "log.jsonl is a file that this command reads; write to another file"),
         (["--ask", "2", "--questions", "{log}.1"], "log.jsonl.1 is a file that this command reads"),

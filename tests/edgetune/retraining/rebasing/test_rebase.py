@@ -264,9 +264,9 @@ def on(arch: str, *settings: str) -> Callable[[Path, Bases], list[object]]:
     return lambda _, bases: ["--base", bases(arch), *(word for text in settings for word in ("--set", text))]
 
 
-def on_page(page: str) -> Callable[[Path, Bases], list[object]]:
+def on_page(page: str, *options: str) -> Callable[[Path, Bases], list[object]]:
     """The options for a page in the folder of the bundle."""
-    return lambda _, bases: ["--base", bases("qwen2"), "--page", page]
+    return lambda _, bases: ["--base", bases("qwen2"), "--page", page, *options]
 
 
 def given(*options: str) -> Callable[[Path, Bases], list[object]]:
@@ -296,6 +296,12 @@ REFUSED: dict[str, tuple[int, str, Callable[[Path, Bases], list[object]]]] = {
     "rows of another kind": (2, "texts.jsonl:1: is plain text, but metric exact compares answers", texts),
     "page over training rows": (2, "tone.csv is not an .html file", on_page("tone.csv")),
     "page in the bundle": (2, "page.html is inside the bundle", on_page("home/page.html")),
+    "page in the new bundle": (
+        2, "page.html is inside the bundle new", on_page("new/page.html", "--out", "new"),
+    ),
+    "page in the new bundle by default": (
+        2, "page.html is inside the bundle ", on_page("home-rebased/a/page.html"),
+    ),
     "context too long": (2, "supports at most 512 tokens; set it", on("qwen2", "context_length=1024")),
 }  # fmt: skip
 
