@@ -22,7 +22,7 @@ from .infer import infer, problem_of, rejected, spacing_of, unsaid_strings
 def output_of_task(task: Task) -> OutputSpec | None:
     """The output constraint of the task's recipe; None if there is none, or `auto` finds none.
 
-    UsageError names rows that break a given constraint or the inferred one, or have tools.
+    UsageError names rows that break a given constraint or have tools, or all of which break the inferred one.
     """
     option = task.spec.output
     if option is None:
@@ -60,14 +60,11 @@ def _inferred(task: Task) -> OutputSpec | None:
 
 
 def _check_spelling(name: str, output: OutputSpec, rows: Sequence[TaskRow]) -> None:
-    """UsageError for rows that break what was inferred from them: JSON may be written in more ways than it allows."""
-    answers = list(dict.fromkeys(row.completion or "" for row in rows))
-    broken = {answers[place] for place in rejected(output, answers)}
-    wrong = [row for row in rows if row.completion in broken]
-    if wrong:
-        message = f"adapters.{name}.output: auto: {len(wrong)} of {len(rows)} completions are JSON in an unusual form"
+    """UsageError if all rows break what was inferred from them: JSON may be written in more ways than it allows."""
+    if not any(output.accepts(row.completion or "") for row in rows):
+        message = f"adapters.{name}.output: auto: all completions are JSON in an unusual form: {_examples(rows)}"
         remedy = "write them as json.dumps(answer, ensure_ascii=False) does, without white space around them"
-        raise UsageError(f"{message}: {_examples(wrong)}", f"{remedy}, or leave output out")
+        raise UsageError(message, f"{remedy}, or leave output out")
 
 
 def _of_rows(rows: Sequence[TaskRow]) -> OutputSpec | None:

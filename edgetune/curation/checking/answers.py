@@ -11,9 +11,10 @@ from functools import lru_cache
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import is_deeper, json_or_none
+from edgetune_runtime.tools.formats import SEPARATORS
 from edgetune_runtime.wording import first_of
 
-from edgetune.building.outputs.infer import MOST_LEVELS, infer, problem_of, rejected
+from edgetune.building.outputs.infer import MOST_LEVELS, infer, problem_of
 from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.augmentation.slots import has_value
@@ -71,7 +72,7 @@ def _other_case(labels: Sequence[str], rows: Sequence[SplitRow]) -> Iterator[Fin
         by_label.setdefault(item.row.completion or "", []).append(item)
     for same in same_but_for_case(labels):
         *odd, usual = sorted(same, key=lambda label: len(by_label[label]))
-        for label in odd:
+        for label in filter(by_label.__getitem__, odd):
             yield Finding.of(MISFIT, by_label[label], f"the label {label!r} differs only in case from {usual!r}")
 
 
@@ -142,14 +143,12 @@ def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
         odd.setdefault(place, note)
     trained = [item.row.completion or "" for place, item in enumerate(rows) if item.split == TRAIN and place not in odd]
     spec = infer(trained)
-    unseen = [
-        place
-        for place, item in enumerate(rows)
-        if place not in odd and item.split != TRAIN and spec is not None and not spec.accepts(item.row.completion or "")
-    ]
-    # JSON may be written in more ways than a schema allows, such as after a space.
-    if unseen and spec is not None and not rejected(spec, trained):
-        odd |= dict.fromkeys(unseen, "has a form or a value that no training row has")
+    for place, item in enumerate(rows):
+        if place not in odd and item.split != TRAIN and spec is not None:
+            # JSON may be written in more ways than a schema allows, such as after a space.
+            plain = json.dumps(parsed[place], ensure_ascii=False, separators=SEPARATORS.get(spec.spacing))
+            if not spec.accepts(item.row.completion or "") and not spec.accepts(plain):
+                odd[place] = "has a form or a value that no training row has"
     for place in sorted(odd):
         yield Finding.of(MISFIT, [rows[place]], odd[place])
 

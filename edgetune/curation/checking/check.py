@@ -116,7 +116,11 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         is_estimated,
         kinds,
     )
-    return check if minutes is None else _with_estimate(check, task, recipe, minutes, progress)
+    if minutes is None:
+        return check
+    named = {where for finding in refused for where in finding.where}
+    train, validation = ([row for row in part if row.where not in named] for part in (task.train, task.validation))
+    return _with_estimate(check, replace(task, train=train, validation=validation), recipe, minutes, progress)
 
 
 def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float, progress: Progress) -> TaskCheck:

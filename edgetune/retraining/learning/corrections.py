@@ -97,8 +97,10 @@ def _turn(task: Task, entry: LoggedAnswer, spacing: str) -> Message:
     text = entry.correction or ""
     turn = entry.message_of(text.strip() if task.metric == "label" else text)
     value = json_or_none(turn["content"])
-    if spacing not in SEPARATORS or not isinstance(value, dict | list):
+    if not isinstance(value, dict | list):
         return turn
+    if spacing not in SEPARATORS:
+        return {**turn, "content": turn["content"].strip()}
     return {**turn, "content": json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])}
 
 

@@ -33,7 +33,7 @@ HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the rig
 def most_informative(entries: Sequence[LoggedAnswer], count: int, manifest: Manifest) -> list[LoggedAnswer]:
     """Up to `count` answers of the bundle's adapters, to different prompts: wrong ones, and then the least sure, first.
 
-    Answers with a correction are left out, but for corrections that cannot be answers, and so is what is never learned.
+    Those with a correction that can be an answer are left out, and those that can never be learned.
     """
     if not count:
         return []

@@ -89,7 +89,7 @@ def learned_rows(
         if left_out:
             message += f"; {left_out} have prompts for validation or the confidence, which leaves {len(corrected)}"
         if different < len(corrected):
-            message += f"; apart from case, punctuation and the system prompt, these have {different} different prompts"
+            message += f"; apart from case, punctuation and the system prompt, that leaves {different}"
         message += f", fewer than {MIN_CORRECTIONS}" + (f"; left out: {first_of(unfit)}" if unfit else "")
         remedy = "correct answers to more prompts, or label some with `edgetune learn --ask N`"
         raise TooFewCorrectionsError(message, remedy)
@@ -151,8 +151,9 @@ def _with_corrections(row: TaskRow, corrected: Mapping[str, TaskRow]) -> TaskRow
     for place, turn in enumerate(row.turns[:-1]):
         if turn["role"] == "assistant":
             begun = row.with_turns(turns[: place + 1])
-            before = row.with_turns(row.turns[: place + 1])
-            correction = corrected.get(begun.prompt_key) or corrected.get(before.prompt_key)
+            correction = corrected.get(begun.prompt_key)
+            if correction is None and begun.turns != row.turns[: place + 1]:
+                correction = corrected.get(row.with_turns(row.turns[: place + 1]).prompt_key)
             if correction is not None and correction.completion != begun.completion:
                 # One that was not learned is not learned now, as its correction may be held out.
                 kept = {WEIGHT: turn[WEIGHT]} if WEIGHT in turn else {}

@@ -43,8 +43,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?\u061f\u06d4\u0964])\s+|(?<=[\u3002\uff01\u
 _STATEMENT = re.compile(r"(?s).*[.!\u06d4\u0964\u3002\uff01]\W*$")
 _EVIDENCE = 3
 """Prompts that differ only in numbers, which show that answers repeat any number."""
-_STRUCTURED = re.compile(r"\s*(?:```\w*\s*)?[{\[]")
-"""An answer in JSON or the like, also in a fence, whose fields may depend on each other."""
+_STRUCTURED = re.compile(r"[{\[]\s*[\"'{\[\]}]")
+"""In an answer with JSON or the like, also in a fence or between marks, whose fields may depend on each other."""
 _QUESTION = re.compile(
     r"(?is)\W*(?!(?:please )?(?:can|could|would|will) you\b)"
     r"(?:(?:what|who|when|where|why|which|how|is|are|was|were|do|does|did|can|should)\b|.*[?;\u037e\u061f\uff1f]\W*$)"
@@ -232,7 +232,7 @@ class _Maker:
             return []
         if self._is_rated and _NUMBER.fullmatch(answer):
             return []
-        if any(turn["role"] == "assistant" and _STRUCTURED.match(turn["content"]) for turn in row.turns):
+        if any(turn["role"] == "assistant" and _STRUCTURED.search(turn["content"]) for turn in row.turns):
             return []
         if not all(map(self._only_repeats, row.answers)):
             return []

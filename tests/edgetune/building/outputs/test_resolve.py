@@ -53,16 +53,23 @@ def test_auto_leaves_free_text_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "form", [' {{"on": {}}}', '{{"on": {}}}\n', '{{"on": [{}, "\\/"]}}', '{{"on":\t{}}}', '{{"on": {}, "\\u20ac": 2}}']
 )
-def test_auto_refuses_rows_that_break_what_it_infers_from_them(tmp_path: Path, form: str) -> None:
+def test_auto_refuses_rows_that_all_break_what_it_infers_from_them(tmp_path: Path, form: str) -> None:
     rows = [{"prompt": f"p {number}", "completion": form.format(number)} for number in range(10)]
     message = (
-        r"adapters\.light\.output: auto: 10 of 10 completions are JSON in an unusual form: .*rows\.jsonl:\d+ .*; "
+        r"adapters\.light\.output: auto: all completions are JSON in an unusual form: .*rows\.jsonl:\d+ .*; "
         r"write them as json\.dumps\(answer, ensure_ascii=False\) does, without white space around them"
     )
     with pytest.raises(UsageError, match=message):
         resolved(tmp_path, "auto", rows)
     with pytest.raises(UsageError, match=message):
         plan_build(recipe_of(tmp_path, "auto", rows))
+
+
+def test_auto_takes_rows_of_which_some_escape_letters(tmp_path: Path) -> None:
+    rooms = ("küche", "flur") * 10
+    rows = [{"prompt": f"{room} {number}", "completion": json.dumps({"r": room})} for number, room in enumerate(rooms)]
+    found, _ = resolved(tmp_path, "auto", rows)
+    assert found.accepts('{"r": "küche"}')
 
 
 def test_auto_reads_the_earlier_answers_of_conversations(tmp_path: Path) -> None:

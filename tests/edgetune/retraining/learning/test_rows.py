@@ -103,14 +103,14 @@ def test_no_correction_is_held_out_whose_prompt_is_learned_in_another_case(tmp_p
 
 def test_corrections_of_one_sentence_are_too_few_however_often_it_was_said(tmp_path: Path) -> None:
     task, answer = task_of(tmp_path), FINE[0][1]
-    told = "has 4 new corrected answers of adapter 'home'; apart from case, .* these have 2 different prompts, fewer"
+    told = "has 4 new corrected answers of adapter 'home'; apart from case, .* that leaves 2, fewer"
     with pytest.raises(TooFewCorrectionsError, match=told):
         learned_rows(task, corrected(*[(text, answer) for text in ("Light it", "light it", "light it!", "dim it")]))
     days = [
         replace(entry, messages=({"role": "system", "content": f"Today is day {number}."}, *entry.messages))
         for number, entry in enumerate(corrected(*[FINE[0]] * 6))
     ]
-    with pytest.raises(TooFewCorrectionsError, match=r"has 6 new .* these have 1 different prompts, fewer than 4"):
+    with pytest.raises(TooFewCorrectionsError, match=r"has 6 new .* that leaves 1, fewer than 4"):
         learned_rows(task, days)
     rows = learned_rows(task, [*days, *(replace(entry, id=f"b{entry.id}") for entry in corrected(*FINE[1:]))])
     assert (rows.learned, len(rows.held_out)) == (3, 6)
