@@ -18,8 +18,8 @@ _FIRST_HOLD_S, _LONGEST_HOLD_S = 20.0, 600.0
 class StepThreads:
     """Thread count of torch during training on the CPU, at most torch's own and the cores the process may use.
 
-    torch's threads wait for each other, as llama.cpp's do: with one other busy process, a step took three to ten times
-    as long. So the first one already has only as many threads as cores seem to be free.
+    torch's threads wait for each other, as llama.cpp's do: with one other busy process, a step took three times as
+    long.
     """
 
     def __init__(self, *, is_cpu: bool) -> None:
@@ -32,9 +32,6 @@ class StepThreads:
             first_hold_s=_FIRST_HOLD_S,
             longest_hold_s=_LONGEST_HOLD_S,
         )
-        if is_cpu:
-            self._count.start_over()
-            torch.set_num_threads(self._count.threads)
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:

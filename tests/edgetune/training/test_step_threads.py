@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from edgetune_runtime.threads import count
 
 from edgetune.training import step_threads
 from edgetune.training.step_threads import StepThreads
@@ -13,12 +12,10 @@ from edgetune.training.step_threads import StepThreads
 
 @pytest.fixture
 def torch_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Two threads of torch on a machine that has idle cores for them."""
+    """Two threads of torch on a machine that has cores for them."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     monkeypatch.setattr(step_threads, "usable_cores", lambda: 2)
-    monkeypatch.setattr(count, "cores_left", lambda: 2)
-    monkeypatch.setattr(count, "others_running", lambda: 0)
     yield 2
     torch.set_num_threads(before)
 
@@ -32,18 +29,6 @@ def test_a_training_that_lacks_cores_continues_with_fewer_threads(torch_threads:
             # Time without CPU time is what threads that others keep from their cores have.
             time.sleep(0.1)
     assert found == [torch_threads, 1]
-    threads.restore()
-    assert torch.get_num_threads() == torch_threads
-
-
-def test_a_training_beside_a_busy_process_begins_with_the_free_cores(
-    torch_threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(count, "others_running", lambda: 1)
-    threads = StepThreads(is_cpu=True)
-    assert torch.get_num_threads() == 1
-    with threads.step(100):
-        assert torch.get_num_threads() == 1
     threads.restore()
     assert torch.get_num_threads() == torch_threads
 
