@@ -16,15 +16,16 @@ from itertools import takewhile
 from typing import Any, Self
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from edgetune.objectives.example import Example
 
 _ATTENTION = "edgetune_packed"
-_MOST_KEYS = 256
-"""Attention in bfloat16 on the CPU is two products up to so many keys: the gradient of torch's kernel takes 3 to 6
-times as long. The products keep a number for each query and key."""
+_MOST_KEYS = 192
+"""Up to this many keys, attention in bfloat16 on the CPU is computed as matrix products: the gradient of torch's kernel
+takes 2 to 4 times as long. The products keep a weight for each head, query and key."""
 
 
 @dataclass(frozen=True)
@@ -163,22 +164,49 @@ def packed_attention(
         k, v = (states.transpose(1, 2).repeat_interleave(repeats, 1) for states in (k, v))
         bias = group.bias(query.dtype, sliding_window)
         if grouped and query.dtype == torch.bfloat16 and k.shape[2] <= _MOST_KEYS and not dropout:
-            out = _as_products(q, k, v, bias, scaling or dim**-0.5)
+            out = _Products.apply(q, k, v, bias, scaling or dim**-0.5)  # type: ignore[no-untyped-call]
         else:
             out = scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).reshape(-1, heads * dim))
     return torch.cat(outputs).index_select(0, packed.place).view(1, -1, heads, dim), None
 
 
-def _as_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Grouped-query attention as two matrix products: [rows, heads, q, dim] on [rows, kv_heads, k, dim]."""
-    rows, heads, width, dim = query.shape
-    # The heads that have a key head in common, one after the other.
-    scores = query.reshape(rows, key.shape[1], -1, dim) @ key.transpose(2, 3)
-    scores = scores.view(rows, key.shape[1], -1, width, key.shape[2]).mul_(scaling).add_(bias)
-    return (scores.softmax(-1).flatten(2, 3) @ value).view(rows, heads, width, dim)
+class _Products(torch.autograd.Function):
+    """Grouped-query attention of queries [rows, heads, q, dim] to keys and values [rows, kv_heads, k, dim].
+
+    Scores and softmax are in float32: those of some bases are so large that bfloat16 makes the weights wrong. The
+    gradients are those of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without its blocks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch gives it no public type
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        rows, heads, width, dim = query.shape
+        # The heads that have a key head in common, one after the other.
+        query = query.reshape(rows, key.shape[1], -1, dim)
+        with torch.autocast("cpu", enabled=False):
+            scores = (query.float() * scaling) @ key.float().mT
+        scores.view(rows, key.shape[1], -1, width, key.shape[2]).add_(bias)
+        weights = scores.softmax(-1).to(value.dtype)
+        out = weights @ value
+        ctx.save_for_backward(query, key, value, weights, out)
+        ctx.scaling = scaling
+        return out.view(rows, heads, width, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - as above
+        query, key, value, weights, out = ctx.saved_tensors
+        to_out = grad.reshape(out.shape)
+        along = torch.linalg.vecdot(to_out.float(), out.float()).unsqueeze(-1)
+        to_scores = ((to_out @ value.mT) - along).mul_(weights).mul_(ctx.scaling).to(weights.dtype)
+        return (to_scores @ key).view(grad.shape), to_scores.mT @ query, weights.mT @ to_out, None, None
 
 
 def _gathered(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
