@@ -179,7 +179,7 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - torch passes arguments by position
         ctx: Any,  # noqa: ANN401 - torch gives it no public type
         query: torch.Tensor,
         key: torch.Tensor,

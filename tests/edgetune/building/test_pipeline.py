@@ -19,7 +19,7 @@ from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_f
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.measuring import loaded_bundle
-from edgetune_runtime.serving import jobs
+from edgetune_runtime.serving import jobs as serving_jobs
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
@@ -281,7 +281,7 @@ def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
 def test_a_bundle_whose_prompts_are_too_short_for_a_state_ships_without_states(
     tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "SHORTEST", 16)
+    monkeypatch.setattr(serving_jobs, "SHORTEST", 16)
     recipe, listening = recipe_of(tmp_path, tiny_gguf("llama"), ("scaled",), states="ship"), Listening()
     build(recipe, tmp_path / "home", progress=listening)
     assert "  gguf: no prompt is long enough for a state" in listening.lines
