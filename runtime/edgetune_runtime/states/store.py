@@ -57,6 +57,12 @@ def default_folder() -> Path:
         raise UsageError("this account has no home folder", f"give --cache-folder, or set {_VARIABLE}") from error
 
 
+def _mark_used(path: Path) -> None:
+    """Set when the file was used last, where it may be written."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
 def _is_users(folder: Path) -> bool:
     """Whether it is the default folder, in the user's cache folder."""
     try:
@@ -112,8 +118,7 @@ class StateStore:
             self.drop(identity)
             return None
         if self._budget:
-            with contextlib.suppress(OSError):
-                os.utime(path)
+            _mark_used(path)
         return stored.data
 
     def drop(self, identity: Mapping[str, Any]) -> None:
@@ -147,7 +152,7 @@ class StateStore:
         try:
             if path.is_file() and not path.is_symlink():
                 # What determines a state is in its name, so it is the same. Those used last are evicted last.
-                os.utime(path)
+                _mark_used(path)
                 return True
             if not is_warmed and not self._daily.admits(len(state)):
                 _LOG.debug("did not save a state of %.1f MB: calls wrote enough today", len(state) / 1e6)

@@ -132,6 +132,17 @@ def test_a_state_under_anothers_name_is_not_taken_for_it(store: StateStore) -> N
     assert store.load(identity("two")) is None
 
 
+def test_a_state_that_another_user_saved_counts_as_saved(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.save(identity("one"), STATE, "home", 7)
+
+    def refuse(_path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert store.load(identity("one")) == STATE
+    assert store.save(identity("one"), STATE, "home", 7)
+
+
 @pytest.mark.parametrize("uses", ["load", "save"])
 def test_the_longest_unused_goes_first(store: StateStore, uses: str) -> None:
     for age, name in enumerate("abc"):
