@@ -23,9 +23,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from edgetune.objectives.example import Example
 
 _ATTENTION = "edgetune_packed"
-_MOST_KEYS = 192
+MOST_KEYS = 128
 """Up to this many keys, attention in bfloat16 on the CPU is computed as matrix products: the gradient of torch's kernel
-takes 2 to 4 times as long. The products keep a weight for each head, query and key."""
+takes 2 to 3 times as long. The products keep a weight for each head, query and key."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def packed_attention(
         k, v = (_gathered(states, group.keys).view(rows, -1, key_heads, dim) for states in (key, value))
         k, v = (states.transpose(1, 2).repeat_interleave(repeats, 1) for states in (k, v))
         bias = group.bias(query.dtype, sliding_window)
-        if grouped and query.dtype == torch.bfloat16 and k.shape[2] <= _MOST_KEYS and not dropout:
+        if grouped and query.dtype == torch.bfloat16 and k.shape[2] <= MOST_KEYS and not dropout:
             out = _Products.apply(q, k, v, bias, scaling or dim**-0.5)  # type: ignore[no-untyped-call]
         else:
             out = scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)

@@ -10,15 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from edgetune.objectives.base import TrainingRow, row_length
+from edgetune.objectives.packing import MOST_KEYS
 from edgetune.recipe.training import TrainingSpec
 
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .checkpointing import layer_cost, layers_of, trained_layers
 from .device_memory import free_mb, used_mb
 from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
-
-# A layer's memory is measured on rows of at most this many tokens if there are any. Up to it, attention keeps weights.
-_MEASURED_TOKENS = 192
 
 
 def pass_cost(
@@ -37,7 +35,8 @@ def pass_cost(
     if not layers:
         return None
     shortest = min(rows, key=row_length)
-    measurable = (row for row in rows if row_length(row) + before <= _MEASURED_TOKENS)
+    # Up to so many keys, attention may keep a weight for each.
+    measurable = (row for row in rows if row_length(row) + before <= MOST_KEYS)
     large = max(measurable, key=row_length, default=shortest)
     costs = [(row_length(row) + before, layer_cost(partial(loss_of, row), layers[-2:])) for row in (shortest, large)]
     cost = measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)

@@ -138,12 +138,12 @@ def test_attention_in_bf16_is_two_products_that_give_what_the_kernel_gives(monke
     towards = torch.randn(1, packed.tokens.shape[1], 6, 8).bfloat16()
 
     def found(most_keys: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(packing, "_MOST_KEYS", most_keys)
+        monkeypatch.setattr(packing, "MOST_KEYS", most_keys)
         query, key, value = states
         out, _ = packing.packed_attention(torch.nn.Module(), query, key, value, None, packed=packed, sliding_window=16)
         return [out.detach(), *torch.autograd.grad(out, states, towards)]
 
-    for products, kernel in zip(found(packing._MOST_KEYS), found(0), strict=True):
+    for products, kernel in zip(found(packing.MOST_KEYS), found(0), strict=True):
         assert not torch.equal(products, kernel)
         torch.testing.assert_close(products, kernel, rtol=0.05, atol=0.05)
 
