@@ -21,6 +21,8 @@ MAX_THREADS = 8
 """More threads than this lose more in synchronization than they gain."""
 
 _SAMPLES, _SAMPLE_S = 10, 0.01
+_FLAGS, _FORKED = 6, 0x40
+"""The place of a process' flags in /proc/self/stat, after its name, and the one of a fork: see proc_pid_stat(5)."""
 _THROTTLED = {
     0x1: "too little voltage",
     0x2: "the clock is capped",
@@ -90,6 +92,13 @@ def cpu_quota(root: Path = ROOT) -> float | None:
         if quota and period and quota > 0:
             quotas.append(quota / period)
     return min(quotas, default=None)
+
+
+def was_forked(root: Path = ROOT) -> bool:
+    """Whether this process is a fork that runs its parent's program (PF_FORKNOEXEC of Linux's sched.h)."""
+    # The name of the process comes before, and may have any signs.
+    fields = read_text(root / "proc/self/stat").rpartition(")")[2].split()
+    return len(fields) > _FLAGS and bool(int(fields[_FLAGS]) & _FORKED)
 
 
 def resident_mb() -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, Verificati
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
 from edgetune_runtime.text.controls import ControlTokens
+from edgetune_runtime.threads.machine import was_forked
 
 from .ggml import end_threads_function, load_backends
 from .log import LlamaLog
@@ -44,6 +46,22 @@ def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
 def end_threads() -> Callable[[], object]:
     """A function that ends the threads which were kept for the steps of the calling thread."""
     return end_threads_function(library())
+
+
+def end_callers_threads() -> None:
+    """End the threads that other libraries or the loading of weights left to the calling thread.
+
+    Not on the thread that a fork left before llama.cpp was loaded: its threads are gone, and would be waited for.
+    """
+    if threading.current_thread() is not _left_by_fork():
+        end_threads()()
+
+
+@cache
+def _left_by_fork() -> threading.Thread | None:
+    # A fork after this was called ends threads before: see `end_threads_function`.
+    end_threads()
+    return threading.main_thread() if was_forked() else None
 
 
 @cache
@@ -78,7 +96,7 @@ def load_model(
     last_errors()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
     # Where weights are arranged for AMX, threads of OpenMP do it.
-    end_threads()()
+    end_callers_threads()
     if not model:
         message = f"llama.cpp cannot load {path}: {last_errors()}"
         raise VerificationError(message, "check the file, or update llama-cpp-python")

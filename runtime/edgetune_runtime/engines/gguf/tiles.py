@@ -11,7 +11,7 @@ from typing import TypeVar
 from edgetune_runtime.threads.priority import NORMAL, ComputeThreads
 
 from .ggml import cpu_backend
-from .llama import end_threads, library
+from .llama import end_callers_threads, end_threads, library
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def compute(function: Callable[[], T]) -> T:
     """
     if not _uses_amx():
         return function()
-    end_threads()()
+    end_callers_threads()
     if _partner.thread is None:
         _partner.thread = ComputeThreads(NORMAL)
     return _partner.thread.run(function)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
-from edgetune_runtime.engines.gguf import tiles
+from edgetune_runtime.engines.gguf import llama, tiles
 
 
 @pytest.fixture
@@ -44,13 +47,35 @@ def test_with_amx_each_thread_has_one_of_its_own_that_computes() -> None:
 def test_threads_that_slow_down_others_end_before_steps_and_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of torch on the caller's thread, and those of the partner, which a forked process would count."""
     partner, ended = tiles.compute(threading.get_ident), list[int]()
-    monkeypatch.setattr(tiles, "end_threads", lambda: lambda: ended.append(threading.get_ident()))
+    end = partial(partial, lambda: ended.append(threading.get_ident()))
+    for module in (llama, tiles):
+        monkeypatch.setattr(module, "end_threads", end)
     tiles.compute(lambda: 1)
     assert ended == [threading.get_ident()]
     if not (child := os.fork()):
         os._exit(0)
     os.waitpid(child, 0)
     assert ended[1:] == [partner]
+
+
+FORK = """
+import os, signal, torch
+torch.set_num_threads(2)
+torch.zeros(300_000).add_(1)
+if not (child := os.fork()):
+    signal.alarm(20)
+    from edgetune_runtime.engines.gguf import tiles
+    tiles._uses_amx = lambda: True
+    os._exit(tiles.compute(lambda: 7))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another system may not fork")
+def test_a_process_forked_from_one_that_used_torch_computes() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FORK]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == "7\n"
 
 
 @pytest.mark.usefixtures("amx")
