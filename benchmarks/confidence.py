@@ -121,7 +121,7 @@ def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: P
 
 
 def test_lines(task: str, folder: Path, lines: Sequence[str], used: set[str], count: int) -> list[str]:
-    """At most so many test rows. A public data set that has fewer gives training rows that nothing used, too."""
+    """At most `count` test rows; if a public data set has fewer, also training rows that were not used."""
     tests = (folder / f"{TASKS[task]['test']}.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(tests)
     spare = [] if task in EXAMPLES else [line for line in lines if line not in used]

@@ -36,8 +36,8 @@ READER: ContextVar[Reader | None] = ContextVar("READER", default=None)
 class Holder:
     """A call or a measurement that has a place or a context, and the thread that used it last.
 
-    A stream is suspended while its reader has a piece; any thread may read on. It roams until a thread reads on that
-    has read the last piece.
+    A stream is suspended while its reader has a piece; any thread may read on. It roams unless one thread has read the
+    last two pieces.
     """
 
     def __init__(self) -> None:
