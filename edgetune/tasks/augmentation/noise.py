@@ -78,7 +78,7 @@ def _changed(prompt: str, stays: bytearray, change: Callable[[str], str]) -> str
     """The prompt with each word, number and punctuation mark changed, except those with characters that stay."""
 
     def changed(match: re.Match[str]) -> str:
-        return match[0] if any(stays[match.start() : match.end()]) else change(match[0])
+        return match[0] if _is_kept(match, stays) else change(match[0])
 
     return _TOKEN.sub(changed, prompt)
 
@@ -86,13 +86,15 @@ def _changed(prompt: str, stays: bytearray, change: Callable[[str], str]) -> str
 def _mistyped(prompt: str, stays: bytearray, rng: random.Random) -> str:
     """The prompt with a typo in one word."""
     words = [m for m in _TOKEN.finditer(prompt) if len(m[0]) >= _TYPED_LETTERS and has_case(m[0])]
-    words = [
-        match for match in words if match[0].lower() not in NUMBERS and not any(stays[match.start() : match.end()])
-    ]
+    words = [match for match in words if match[0].lower() not in NUMBERS and not _is_kept(match, stays)]
     if not words:
         return prompt
     match = rng.choice(words)
     return prompt[: match.start()] + _typo(match[0], rng) + prompt[match.end() :]
+
+
+def _is_kept(match: re.Match[str], stays: bytearray) -> bool:
+    return any(stays[match.start() : match.end()])
 
 
 def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
