@@ -181,11 +181,12 @@ def test_core_seconds_are_those_of_all_turns_together() -> None:
     with _calls(2) as calls:
         calls.begin("first", "second")
         calls.end("first")
-        begin, begin_s = calls.turns.core_s(), time.perf_counter()
+        # Other processes may take the core between two clocks.
+        before_s, begin, begin_s = time.perf_counter(), calls.turns.core_s(), time.perf_counter()
         calls.begin("third")
         time.sleep(0.02)
         took = time.perf_counter() - begin_s
-        assert took <= calls.turns.core_s() - begin <= 2 * (time.perf_counter() - begin_s)
+        assert took <= calls.turns.core_s() - begin <= 2 * (time.perf_counter() - before_s)
 
 
 def test_a_turn_is_shared_once_another_call_computes_beside_it() -> None:
