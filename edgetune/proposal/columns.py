@@ -190,7 +190,7 @@ def _columns_of(path: Path, values: Sequence[Mapping[str, Any]]) -> list[_Column
     filled: dict[str, list[Any]] = {}
     for row in values:
         for name, value in row.items():
-            is_empty = value is None or (isinstance(value, str) and not value.strip())
+            is_empty = value in (None, []) or (isinstance(value, str) and not value.strip())
             if name not in ("", WEIGHT) and not is_empty:
                 filled.setdefault(str(name), []).append(value)
     columns = [_Column(name, cells, len(values), all(name in row for row in values)) for name, cells in filled.items()]

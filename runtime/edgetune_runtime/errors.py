@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -28,6 +29,8 @@ _NO_THREAD = "can't start new thread"
 """The text of Python's RuntimeError."""
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the system's errors for a full disk, a used up quota, and a file that is larger than the limit."""
+_FULL = re.compile(rf"{re.escape(os.strerror(errno.ENOSPC))}|\d+ requested and \d+ written")
+"""How safetensors and llama.cpp's converter report a full disk, and NumPy a file that it cannot write to its end."""
 
 
 class EdgetuneError(Exception):
@@ -171,6 +174,5 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_out_of_space(error: BaseException) -> bool:
-    # safetensors and llama.cpp's converter report it only in the text.
     number = error.errno if isinstance(error, OSError) else None
-    return number in OUT_OF_SPACE or os.strerror(errno.ENOSPC) in str(error)
+    return number in OUT_OF_SPACE or _FULL.search(str(error)) is not None

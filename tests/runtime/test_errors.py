@@ -3,9 +3,12 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
-from edgetune_runtime import IncompatibleError
+from edgetune_runtime import IncompatibleError, OutOfSpaceError
 from edgetune_runtime.errors import error_to_report, importing
+
+FULL = Path("/dev/full")
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,10 @@ def test_a_library_that_is_missing_is_told_from_one_that_cannot_be_loaded(
 def test_a_lack_of_memory_is_no_unexpected_error(error: Exception) -> None:
     told = str(error_to_report(error))
     assert told.startswith("the system gives this process no more memory or threads; free some memory, or raise")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="the system has no file that is always full")
+def test_what_numpy_cannot_write_for_lack_of_space_is_told_as_such() -> None:
+    with FULL.open("wb") as file, pytest.raises(OSError, match="requested") as raised:
+        np.zeros(1 << 16).tofile(file)
+    assert isinstance(error_to_report(raised.value), OutOfSpaceError)

@@ -35,6 +35,7 @@ _KINDS = {
     408: "timeout_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    421: "invalid_request_error",
     422: "unsure_error",
     503: "overloaded_error",
 }

@@ -20,7 +20,8 @@ FOLDER = "files"
 _PART = ".part"
 _CHUNK_BYTES = 1 << 20
 _ATTEMPTS = 3
-"""How often a download may fail without a new byte."""
+"""How often in a row a download may fail with less than `_PROGRESS_BYTES` of it."""
+_PROGRESS_BYTES = 1 << 16
 
 
 class Store:
@@ -67,24 +68,28 @@ class Store:
         """Append the rest of a file to what the store has of it, compare the digest, and give the file its name.
 
         `rest_from` gives the bytes from an offset on. Raises UnreachableError if they end too early, and keeps what
-        has arrived; VerificationError if the digest is wrong, and deletes it; OutOfSpaceError if the disk is full.
+        has arrived; VerificationError if they are more or the digest is wrong, and deletes it; OutOfSpaceError if the
+        disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self._part(sha256)
         with raising_out_of_space(part), part.open("a+b") as file:
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256")
+            arrived = file.tell()
             try:
-                for data in rest_from(file.tell()):
+                for data in rest_from(arrived):
+                    arrived += len(data)
+                    if arrived > size:
+                        break
                     file.write(data)
                     digest.update(data)
             finally:
                 file.flush()
                 os.fsync(file.fileno())
-            written = file.tell()
-        if written < size:
-            raise UnreachableError(f"{written} of {size} bytes of {sha256[:12]} arrived", remedy)
-        if digest.hexdigest() != sha256:
+        if arrived < size:
+            raise UnreachableError(f"{arrived} of {size} bytes of {sha256[:12]} arrived", remedy)
+        if arrived > size or digest.hexdigest() != sha256:
             part.unlink()
             raise VerificationError(f"the bytes that arrived for {sha256[:12]} are damaged", remedy)
         part.rename(self.path(sha256))
@@ -93,16 +98,8 @@ class Store:
         flush_to_disk(self.folder)
 
     def receive(self, sha256: str, size: int, rest_from: Callable[[int], Iterable[bytes]], remedy: str) -> None:
-        """`fill`, which goes on where a connection was lost; UnreachableError after three times without a new byte."""
-        failed, count = 0, 0
-        while True:
-            try:
-                return self.fill(sha256, size, rest_from, remedy)
-            except UnreachableError:
-                before, count = count, self.part_bytes(sha256)
-                failed = 0 if count > before else failed + 1
-                if failed == _ATTEMPTS:
-                    raise
+        """`fill`, which goes on where a connection was lost; UnreachableError after three with little new in a row."""
+        self.fill(sha256, size, lambda start: _resumed(rest_from, start, size), remedy)
 
     def put(self, file: KitFile, kit: Path) -> None:
         """Make sure that the store has the file, with the right contents; copies it from the kit's folder if not.
@@ -164,6 +161,24 @@ def _remove_other_than_file(path: Path) -> None:
         shutil.rmtree(path)
     elif path.is_symlink() or not path.is_file():
         path.unlink(missing_ok=True)
+
+
+def _resumed(rest_from: Callable[[int], Iterable[bytes]], start: int, size: int) -> Iterator[bytes]:
+    """The bytes from `start` on, of as many connections as it takes; the last one's UnreachableError, if it has one."""
+    failed = 0
+    while start < size:
+        before, lost = start, None
+        try:
+            for data in rest_from(start):
+                start += len(data)
+                yield data
+        except UnreachableError as error:
+            lost = error
+        failed = 0 if start - before >= _PROGRESS_BYTES else failed + 1
+        if start < size and failed == _ATTEMPTS:
+            if lost is not None:
+                raise lost
+            return
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

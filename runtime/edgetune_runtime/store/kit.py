@@ -14,6 +14,7 @@ from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.bundle.parts import identity
 from edgetune_runtime.bundle.records import MANIFEST_NAME
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
+from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.type_checks import DIGEST, MOST_BYTES, WORD, matching, whole
 
 from .opening import Opening, parse_opening
@@ -236,7 +237,7 @@ def _sums(text: str) -> dict[str, str]:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path, follows_links=True) as file:
             data = file.read(_MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:
             raise VerificationError(f"{path} has more than {_MOST_TEXT_BYTES} bytes", COPY_AGAIN)
@@ -245,6 +246,6 @@ def _text(path: Path) -> str:
         remedy = "give the folder of a kit that `edgetune kit` wrote"
         raise NotFoundError(f"{path.parent} is not a kit: it has no {path.name}", remedy) from error
     except OSError as error:
-        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+        raise VerificationError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
     except UnicodeDecodeError as error:
         raise VerificationError(f"{path} is damaged: it is not UTF-8", COPY_AGAIN) from error

@@ -126,7 +126,8 @@ def _tool(number: int, value: object) -> Tool:
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UsageError(f"tool {number} has no name", _GIVE)
-    name, parameters = function["name"], function.get("parameters") or {}
+    name, parameters = function["name"], function.get("parameters")
+    parameters = {} if parameters is None else parameters
     if not _NAME.fullmatch(name):
         raise UsageError(f"tool {number} has the name {name!r}", "use 1 to 64 letters, digits and _ . : / -")
     if not isinstance(function.get("description", ""), str | None):

@@ -72,6 +72,8 @@ def read_state(prefix: Path) -> UpdateState:
     remedy = "restore it from a backup; if you delete it, old releases are accepted too"
     with parsing(f"{path} is damaged", remedy):
         values = json.loads(data)
+        if not isinstance(values, dict):
+            raise TypeError("it is not a JSON object")
         if values.pop("crc32", None) != _crc32(values):
             raise ValueError("its checksum is wrong")
         state = dataclass_of(UpdateState, values)

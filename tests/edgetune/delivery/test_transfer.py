@@ -70,6 +70,40 @@ def test_bytes_with_another_digest_are_refused_and_deleted(store: Store) -> None
     assert list(store.folder.iterdir()) == []
 
 
+def test_no_more_is_written_than_a_file_has(store: Store) -> None:
+    asked = 0
+
+    def endless(_start: int) -> Iterator[bytes]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield DATA
+
+    with pytest.raises(VerificationError, match=f"{DIGEST[:12]} are damaged"):
+        store.fill(DIGEST, len(DATA), endless, "copy it again")
+    assert asked == 2
+    assert list(store.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("step_bytes", "connections"), [(100_000, 8), (1 << 16, 12), (1000, 3)])
+def test_a_download_goes_on_as_long_as_connections_bring_much(store: Store, step_bytes: int, connections: int) -> None:
+    starts: list[int] = []
+
+    def some_from(start: int) -> Iterator[bytes]:
+        starts.append(start)
+        yield DATA[start : start + step_bytes]
+        raise UnreachableError("cut off", "")
+
+    if connections == 3:
+        with pytest.raises(UnreachableError, match="cut off"):
+            store.receive(DIGEST, len(DATA), some_from, "update again")
+        assert store.received({DIGEST: len(DATA)}) == {DIGEST: 3000}
+    else:
+        store.receive(DIGEST, len(DATA), some_from, "update again")
+        assert store.path(DIGEST).read_bytes() == DATA
+    assert starts == [number * step_bytes for number in range(connections)]
+
+
 def test_a_file_damaged_on_the_board_is_sent_again(store: Store) -> None:
     receive(store, DATA)
     (store.folder / DIGEST).write_bytes(DATA[:-1] + b"x")

@@ -384,6 +384,11 @@ def test_a_file_whose_first_row_is_longer_than_what_is_read_is_not_called_empty(
             '{"chat": [{"from": "human", "value": "a"}]}',
             "'chat' has messages of from and value; write them as",
         ),
+        (
+            "t.jsonl",
+            '{"messages": []}\n{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "t.jsonl:1: messages is empty; give at least one message",
+        ),
     ],
 )
 def test_a_file_without_use_is_one_clear_line(write: Write, name: str, content: str | bytes, message: str) -> None:

@@ -21,6 +21,7 @@ def test_addresses_and_names_of_this_machine_are_hosts(host: str, server: Runnin
 def test_another_name_is_refused_as_it_may_be_rebound_to_this_machine(host: str, server: Running) -> None:
     response = server.client.get("/v1/models", headers={"Host": host})
     assert response.status_code == 421
+    assert response.json()["error"]["type"] == "invalid_request_error"
     assert "--allow-host" in response.json()["error"]["message"]
 
 

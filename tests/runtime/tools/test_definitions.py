@@ -63,6 +63,7 @@ def test_no_tools_are_none() -> None:
         ([{"name": "a b"}], None, "tool 1 has the name 'a b'; use 1 to 64"),
         ([{"name": "f", "description": 1}], None, "the description of tool 'f' is not text"),
         ([{"name": "f", "parameters": "{}"}], None, "the parameters of tool 'f' are not a JSON schema of an object"),
+        ([{"name": "f", "parameters": []}], None, "the parameters of tool 'f' are not a JSON schema of an object"),
         (with_parameters({"type": "string"}), None, "the parameters of tool 'f' are not a JSON schema of an object"),
         (with_parameters({"properties": {"a": {"type": "strng"}}}), None, "the parameters of tool 'f': schema"),
         (with_parameters({"x": object}), None, "tools are not JSON"),
