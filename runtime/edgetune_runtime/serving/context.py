@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,20 +11,18 @@ from typing import TypeVar
 
 from edgetune_runtime.decoding.batch_cost import BatchCost
 from edgetune_runtime.engines.base import Engine, Logits
-from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.events import Event
-from edgetune_runtime.limits import Stopped, no_limits
+from edgetune_runtime.limits import Stopped
 from edgetune_runtime.serving.governor import AnswerUsage
 from edgetune_runtime.states.activation import Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
 from edgetune_runtime.states.cache import CALLS, FROM_CALL, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
 from edgetune_runtime.states.store import digest_of
 from edgetune_runtime.threads.count import DECODE, PREFILL, Kind
-from edgetune_runtime.wording import CLOSED
 
+from .held import Held
 from .jobs import PrefillResult, PromptJob, SharedResources
-from .places import Holder, Patience
-from .turns import POLL_S
 
 T = TypeVar("T")
 
@@ -37,11 +34,11 @@ _MAX_DECODED = 16
 _LOG = logging.getLogger(__name__)
 
 
-class Context:
+class Context(Held):
     """An engine with its current sequence, and what it shares with other contexts. Use it only inside `hold`."""
 
     def __init__(self, engine: Engine, shared: SharedResources) -> None:
-        self.engine = engine
+        super().__init__(engine, shared.places)
         # Without a filler where it could not be dropped again.
         self.least_rows = engine.EVEN_ROWS if shared.exact and engine.max_rollback is None else 1
         """Tokens that a step of an answer has at least, so that its rounding does not depend on drafts."""
@@ -53,56 +50,7 @@ class Context:
         self.owner = CALLS
         self._fixed = 0
         self._capacity = engine.capacity({})
-        self.holder: Holder | None = None
-        self.closed = False
-        self._check: Callable[[], None] = no_limits
         self.usage = AnswerUsage()
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Lock the context; UsageError when a stream that this thread read last has it (see `Patience`)."""
-        self.acquire()
-        try:
-            self.check_open()
-            yield
-        finally:
-            self.release()
-
-    def acquire(self) -> None:
-        """Wait until nothing else holds the context, and hold it; `release` must follow. Same errors as `hold`."""
-        patience = Patience()
-        with self.shared.places.gate:
-            while self.holder is not None:
-                patience.check([self.holder])
-                self.shared.places.changed.wait(POLL_S)
-            self.holder = Holder()
-
-    def release(self) -> None:
-        """Let others hold the context."""
-        self._check = no_limits
-        try:
-            self.engine.end_threads()
-        finally:
-            with self.shared.places.gate:
-                self.holder = None
-                self.shared.places.changed.notify_all()
-
-    def suspend(self) -> None:
-        """Suspend the stream that holds the context while its reader has a piece; any thread may resume it."""
-        assert self.holder is not None
-        if self.holder.roams:
-            # Whoever reads on cannot end this thread's. Starting them for each piece takes a fifth more time.
-            self.engine.end_threads()
-        self.holder.is_suspended = True
-
-    def resume(self) -> None:
-        """Go on with the stream, on this thread; UsageError if the context was closed meanwhile."""
-        with self.shared.places.gate:
-            self.check_open()
-            assert self.holder is not None
-            thread = threading.current_thread()
-            self.holder.roams = self.holder.thread is not thread
-            self.holder.thread, self.holder.is_suspended = thread, False
 
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
         """The adapters that are active in each span of these tokens."""
@@ -254,11 +202,6 @@ class Context:
         self._save()
         self.closed = True
         self.engine.close()
-
-    def check_open(self) -> None:
-        """Raise UsageError if the context is closed."""
-        if self.closed:
-            raise UsageError(*CLOSED)
 
     def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = PREFILL) -> T:
         threads = self.shared.threads
