@@ -5,6 +5,7 @@ Each trial has its own process, so that earlier trials do not affect its figures
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,10 +73,12 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
 def _share_base(work: Path, shared: Path) -> None:
     """Link the converted or quantized base that all trials share into the build's work folder."""
     base = work / "base"
-    if not base.is_symlink():
+    if not base.exists():
         work.mkdir(parents=True, exist_ok=True)
         (shared / "base").mkdir(parents=True, exist_ok=True)
-        base.symlink_to(shared / "base", target_is_directory=True)
+        # A comparison's folder may be moved, and an older link then leads nowhere.
+        base.unlink(missing_ok=True)
+        base.symlink_to(os.path.relpath((shared / "base").resolve(), work.resolve()), target_is_directory=True)
 
 
 def _training(figures: Mapping[str, Any], losses: Iterable[Point]) -> TrainResult:

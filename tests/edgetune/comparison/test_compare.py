@@ -140,6 +140,12 @@ def test_the_bundle_of_a_trial_is_whole_and_nothing_merged_is_left(compared: Com
     assert not (compared.request.out / "shared" / "structure").exists()
 
 
+def test_the_base_that_trials_share_is_found_in_a_folder_that_was_moved(compared: Compared, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(compared.request.out, moved, symlinks=True)
+    assert (moved / "trials/lora-r2/bundle.work/base").resolve() == (moved / "shared/base").resolve()
+
+
 def test_what_is_finished_is_not_run_again(compared: Compared) -> None:
     asked: list[str] = []
 
