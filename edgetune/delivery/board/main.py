@@ -15,6 +15,7 @@ from edgetune_runtime.errors import BusyError, UsageError, error_to_report
 from edgetune_runtime.processes.interrupts import end_in_order, end_on_interrupt
 from edgetune_runtime.processes.streams import flush_output
 from edgetune_runtime.store import service, systemd, versions
+from edgetune_runtime.store.durable import write_for_all
 from edgetune_runtime.store.kit import KIT_NAME, Kit, parse_kit, read_kit
 from edgetune_runtime.update import current
 from edgetune_runtime.wording import printable
@@ -37,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
     end_on_interrupt()
     end_in_order()
-    if os.geteuid() == 0:
-        # The account of the unit must be able to read what root installs.
-        os.umask(0o022)
+    write_for_all()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

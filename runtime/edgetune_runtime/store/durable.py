@@ -30,6 +30,12 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
     return True
 
 
+def write_for_all() -> None:
+    """Let all accounts read what root writes from now on, whatever root's umask is: that of a unit is another one."""
+    if os.geteuid() == 0:
+        os.umask(0o022)
+
+
 def replace_link(link: Path, target: str) -> None:
     """Make `link` a symbolic link to `target` by an atomic rename, on disk when this returns."""
     temporary = unfinished(link)

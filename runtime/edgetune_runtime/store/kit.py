@@ -29,6 +29,7 @@ ID_LENGTH = 16
 """Hex digits of a version id and of a wheels id."""
 ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 COPY_AGAIN = "copy the kit again"
+_GO_BACK = "go back with `edgetune-run update --rollback`, or install the kit again"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
@@ -119,9 +120,9 @@ def read_kit(folder: Path) -> Kit:
 
 def read_installed(version: Path) -> Kit:
     """The kit that an installed version came from; VerificationError if its kit.json is not the one of this version."""
-    kit = parse_kit(_text(version / KIT_NAME))
+    kit = parse_kit(_text(version / KIT_NAME), str(version / KIT_NAME), _GO_BACK)
     if kit.version != version.name:
-        raise VerificationError(f"{version / KIT_NAME} is damaged", "install the kit again")
+        raise VerificationError(f"{version / KIT_NAME} is damaged", _GO_BACK)
     return kit
 
 
@@ -143,12 +144,15 @@ def bundle_identity(files: Iterable[KitFile]) -> str:
     return identity({file.path.removeprefix(folder): file.sha256 for file in files if file.path.startswith(folder)})
 
 
-def parse_kit(text: str) -> Kit:
-    """The kit described by the text of a kit.json; VerificationError if it is damaged or of another version."""
+def parse_kit(text: str, where: str = KIT_NAME, remedy: str = COPY_AGAIN) -> Kit:
+    """The kit described by the text of a kit.json; VerificationError if it is damaged or of another version.
+
+    `where` and `remedy` are for its message.
+    """
     if len(text.encode()) > _MOST_TEXT_BYTES:
         message = f"{KIT_NAME} has more than {_MOST_TEXT_BYTES} bytes"
         raise VerificationError(message, "make the kit, or publish the bundle and its parts, with fewer files")
-    with parsing(f"{KIT_NAME} is damaged", COPY_AGAIN):
+    with parsing(f"{where} is damaged", remedy):
         raw = json.loads(text)
         schema = _field(raw, "schema", int)
         if schema != SCHEMA_VERSION:

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from edgetune_runtime.errors import BusyError, EdgetuneError, IncompatibleError,
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.processes.interrupts import end_in_order
 from edgetune_runtime.store import versions
+from edgetune_runtime.store.durable import write_for_all
 from edgetune_runtime.wording import printable
 
 from . import current
@@ -67,14 +70,11 @@ def run(options: argparse.Namespace) -> None:
         flag = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{flag} does nothing without --check or --apply", "add one of them, or leave it out")
     end_in_order()
+    write_for_all()
     default = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
     prefix = (options.prefix or Path(default)).absolute()
-    try:
-        with raising_out_of_space(prefix):
-            _act(prefix, options)
-    except OSError as error:
-        where = error.filename or prefix
-        raise UsageError(f"{where}: {error.strerror}", "check the disk and its permissions") from error
+    with _naming_disk(prefix):
+        _act(prefix, options)
 
 
 def _act(prefix: Path, options: argparse.Namespace) -> None:
@@ -105,16 +105,32 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
         options.repo, options.bundle, options.channel, options.root, formats, report_to, options.quota_mb
     )
     try:
-        newest, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
+        with _naming_disk(prefix):
+            found = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except BusyError:
         # Whoever is at work reports how that ended.
         raise
     except EdgetuneError as error:
         report.report(prefix, _say, error=error)
         raise
+    newest, changed = found
     report.report(prefix, _say, newest)
     result = {} if options.check else {"available": False, "changed": changed, **_where(prefix)}
     _show({**newest.to_json(), **result}, options.json)
+
+
+@contextmanager
+def _naming_disk(prefix: Path) -> Iterator[None]:
+    """Turn the errors of a disk into one line."""
+    try:
+        with raising_out_of_space(prefix):
+            yield
+    except BrokenPipeError:
+        # Nobody reads the output.
+        raise
+    except OSError as error:
+        where = error.filename or prefix
+        raise UsageError(f"{where}: {error.strerror}", "check the disk and its permissions") from error
 
 
 def _where(prefix: Path) -> dict[str, Any]:
@@ -138,4 +154,6 @@ def _show_status(values: dict[str, Any], as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"edgetune-run: {printable(text)}", file=sys.stderr, flush=True)
+    # An update goes on when nobody is there to read it.
+    with suppress(OSError):
+        print(f"edgetune-run: {printable(text)}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from edgetune_runtime import __version__
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, parsing
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError, parsing
 from edgetune_runtime.store import acknowledgement
 from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.store.versions import Say
@@ -99,9 +99,13 @@ def report(prefix: Path, say: Say, newest: DeviceRelease | None = None, *, error
     `newest` is what the update found.
     """
     try:
-        state, kit = read_state(prefix), current_kit(prefix)
+        state = read_state(prefix)
         if state.report_to in {"", NOBODY}:
             return
+        kit = None
+        with suppress(NotFoundError, VerificationError):
+            # If it is damaged, the update has failed with that error.
+            kit = current_kit(prefix)
         about = DeviceReport(
             device=state.device,
             name=state.bundle,

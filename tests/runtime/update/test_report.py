@@ -71,6 +71,27 @@ def test_a_device_reports_to_a_folder_only_if_its_user_says_so(
     assert not folder.exists()
 
 
+def test_an_update_that_a_disk_or_a_damaged_file_ends_is_reported(prefix: Path, publisher: Publisher) -> None:
+    publisher("one")
+    folder = publisher.repo / "reports"
+    folder.mkdir()
+    assert update(prefix, "--repo", publisher.repo, "--root", publisher.root, "--report", folder) == 0
+    (path,) = folder.iterdir()
+    publisher("two")
+    (prefix / "files").rename(prefix / "aside")
+    (prefix / "files").touch()
+    assert update(prefix) == UsageError.exit_code
+    assert "Not a directory; check the disk" in parse_report(path.read_bytes()).error
+    (prefix / "files").unlink()
+    (prefix / "aside").rename(prefix / "files")
+    kit = prefix / "current/kit.json"
+    kit.chmod(0o644)
+    kit.write_text("")
+    assert update(prefix) == VerificationError.exit_code
+    told = parse_report(path.read_bytes()).error
+    assert f"{kit.resolve()} is damaged" in told and "go back with `edgetune-run update --rollback`" in told
+
+
 def test_a_report_is_posted_and_a_server_that_refuses_it_changes_nothing(
     prefix: Path, publisher: Publisher, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -650,6 +651,51 @@ def test_the_command_speaks_json(
     assert main(["update", "--prefix", str(prefix / "none"), "--status"]) == 3
     with pytest.raises(SystemExit, match="2"):
         main(["update", "--prefix", str(prefix)])
+
+
+@contextmanager
+def unread(monkeypatch: pytest.MonkeyPatch, stream: str) -> Iterator[None]:
+    """With a standard stream whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = os.fdopen(writer, "w", buffering=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, stream, closed)
+        yield
+    with suppress(BrokenPipeError):
+        closed.close()
+
+
+def test_an_update_goes_on_when_nobody_reads_what_it_says(
+    prefix: Path, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher("one")
+    words = ("--repo", publisher.repo, "--root", publisher.root)
+    with unread(monkeypatch, "stderr"):
+        assert main(["update", "--apply", "--prefix", str(prefix), *map(str, words)]) == 0
+    assert ask(prefix) == "one"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only what root installs is for other accounts")
+def test_what_root_installs_can_be_read_by_the_account_of_a_unit(prefix: Path, publisher: Publisher) -> None:
+    publisher("one")
+    words = ("--repo", publisher.repo, "--root", publisher.root)
+    before = os.umask(0o077)
+    try:
+        assert main(["update", "--apply", "--prefix", str(prefix), *map(str, words)]) == 0
+    finally:
+        os.umask(before)
+    installed = [prefix / "current", *(prefix / "current/").rglob("*")]
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in installed if path.is_file())
+    assert all(path.stat().st_mode & 0o055 == 0o055 for path in installed if path.is_dir())
+
+
+def test_output_that_nobody_reads_is_no_error_of_the_disk(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with unread(monkeypatch, "stdout"):
+        assert main(["update", "--status", "--prefix", str(prefix)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_windows_is_told_that_it_has_no_updates(
