@@ -63,8 +63,8 @@ class Trial:
     """A method at one rank, on a number of training rows (None: all), to train, export and measure, as JSON values.
 
     Each trial runs in a separate process. `overrides` are changes to the recipe; `targets` are the formats that support
-    the method, `refused` maps the others to the reason. At most `limit` rows are scored. `key` identifies everything
-    that the outcome depends on.
+    the method, `refused` maps the others to the reason. At most `limit` rows are scored. `fingerprint` is that of the
+    base, and `key` identifies everything that the outcome depends on.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Trial:
     data: str | None
     limit: int
     rows: int | None
+    fingerprint: str
     refused: Mapping[str, str] = field(default_factory=dict)
     key: str = ""
 
@@ -90,6 +91,12 @@ class Trial:
     def is_refused(self) -> bool:
         """Whether no format supports the method."""
         return not self.targets
+
+    def check_unchanged(self) -> None:
+        """UsageError if the recipe, or a file that it names, is not what the comparison began with."""
+        if _key(self) != self.key:
+            message = f"recipe {self.recipe} or its data has changed since the comparison began"
+            raise UsageError(message, "run it again")
 
     def without_figures(self, status: Literal["failed", "refused"], reason: str) -> TrialResult:
         """The outcome of the trial if it is not done."""
@@ -193,9 +200,10 @@ def _trial(
         data=request.data,
         limit=request.limit,
         rows=rows,
+        fingerprint=fingerprint,
         refused=refused,
     )
-    return replace(trial, key=_key(trial, fingerprint))
+    return replace(trial, key=_key(trial))
 
 
 def _split(request: Request) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -270,7 +278,7 @@ def _one_task(recipe: Recipe, task: str) -> Recipe:
     return recipe.only([task]).model_copy(update={"adapters": {task: adapter}, "route": None})
 
 
-def _key(trial: Trial, fingerprint: str) -> str:
+def _key(trial: Trial) -> str:
     """A digest of the version, the base, the resolved recipe and the files that are read.
 
     NotFoundError and IncompatibleError for a folder to start from without weights.
@@ -283,5 +291,5 @@ def _key(trial: Trial, fingerprint: str) -> str:
     names += [] if spec.start_from is None else [str(find_weights(Path(spec.start_from)))]
     files = {name: sha256_of(Path(name)) if Path(name).is_file() else name for name in names}
     columns = [data.model_dump(mode="json", include={"columns"}) for data in others]
-    state = [version("edgetune"), fingerprint, recipe.resolved(), trial.limit, files, columns]
+    state = [version("edgetune"), trial.fingerprint, recipe.resolved(), trial.limit, files, columns]
     return key_of(state)

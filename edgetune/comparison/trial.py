@@ -34,7 +34,8 @@ from .measure import BundleMeasurement, TorchMeasurement
 
 
 def run(trial: Trial, progress: Progress) -> TrialResult:
-    """Run the trial in its folder. Raises what `pipeline.build` and `evaluate.score` raise."""
+    """Run the trial in its folder. Raises what `check_unchanged`, `pipeline.build` and `evaluate.score` raise."""
+    trial.check_unchanged()
     folder, recipe = Path(trial.folder), trial.one_task
     bundle, work = folder / "bundle", folder / "bundle.work"
     shared = folder.parents[1] / "shared"

@@ -21,7 +21,7 @@ from waiting import wait_for
 
 import edgetune
 from edgetune.cli.main import main
-from edgetune.common.module_process import write_request
+from edgetune.common.module_process import read_request, write_request
 from edgetune.common.progress import Progress
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
 from edgetune.comparison.engines import outcome_of, run_here, run_on_ray
@@ -211,6 +211,18 @@ def test_another_recipe_or_other_rows_are_run_anew(compared: Compared, request_o
     assert read_outcome(Path(same.folder), same.key) is None  # the base's fingerprint is another
     done = Path(same.folder) / "trial.json"
     assert read_outcome(Path(same.folder), json.loads(done.read_text())["key"]) == compared.outcome("lora-r2")
+
+
+def test_a_trial_does_not_begin_with_another_recipe_than_the_comparison(
+    request_of: Callable[..., Request], tmp_path: Path
+) -> None:
+    recipe = Path(shutil.copytree(request_of().recipe.parent, tmp_path / "own", ignore=lambda *_: ["out"]))
+    recipe /= request_of().recipe.name
+    trial, *_ = trials(request_of(recipe=recipe, out=tmp_path / "out"))
+    with recipe.with_name("rows.jsonl").open("a") as rows:
+        rows.write(json.dumps({"prompt": "dim", "completion": "set blue"}))
+    with pytest.raises(UsageError, match="its data has changed since the comparison began; run it again"):
+        run_trial(Trial(**read_request(write_request(tmp_path / "trial", trial))), QUIET)
 
 
 def keys_before_and_after(change: Callable[[], object], request: Request) -> tuple[str, str]:
