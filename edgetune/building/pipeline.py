@@ -15,6 +15,7 @@ from edgetune_export.adapters.fold import find_weights
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import GENERATION, Manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import messages_for
 from edgetune_runtime.tools.prompts import prompt_tokens
 
@@ -85,6 +86,8 @@ def build(
     else:
         check_destination(out)
         planned = plan_build(recipe, out)
+        if planned.plan.source is not None:
+            _check_keeps(planned.plan.source.path, out)
     if planned.plan.source is None:
         with state.main_process_first():
             planned = with_download(planned, out)
@@ -164,6 +167,7 @@ def export_trained(
     """Bundle PEFT folders trained elsewhere with their base; parity is checked on built-in prompts."""
     out = named(out)
     check_destination(out)
+    _check_keeps(Path(base), out)
     started = time.monotonic()
     defaults = Recipe.model_fields
     prompts = systems or {}
@@ -218,6 +222,13 @@ def _spec_of(prepared: Prepared[Any], builder: Builder[Any], progress: Progress)
         recipe=recipe.resolved(),
         plan=prepared.plan.for_manifest(),
     )
+
+
+def _check_keeps(base: Path, out: Path) -> None:
+    """UsageError for a base in the bundle `out`, which would be replaced."""
+    if out.resolve() in base.resolve().parents:
+        message = f"the base {base} is in the bundle {out}, which would be replaced"
+        raise UsageError(message, "choose another --out, or add adapters to that bundle with `edgetune build --into`")
 
 
 def _plan_peft(name: str, folder: Path, targets: tuple[str, ...], system: str | None, *, merged: bool) -> AdapterPlan:

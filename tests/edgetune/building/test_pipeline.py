@@ -487,6 +487,19 @@ def test_a_folder_that_peft_saved_is_bundled(
     assert len({plain, first, second}) == 3
 
 
+def test_a_base_in_the_bundle_that_would_be_replaced_is_refused(
+    built: Built, peft_folder: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(built.bundle, tmp_path / "home"))
+    (base,) = (bundle / "base").glob("*.gguf")
+    recipe = recipe_of(tmp_path / "own", base)
+    with pytest.raises(UsageError, match=r"is in the bundle .*home, which would be replaced; choose another --out"):
+        build(recipe, bundle, progress=QUIET)
+    with pytest.raises(UsageError, match="which would be replaced"):
+        export_trained(str(base), {"first": peft_folder}, bundle, progress=QUIET)
+    assert read_manifest(bundle) == read_manifest(built.bundle) and base.exists()
+
+
 def test_an_adapter_of_another_base_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     narrow = make_folder("llama", tmp_path / "narrow", make_tokenizer(tmp_path), hidden_size=32)
     adapter = save_random_adapter(narrow, tmp_path / "adapter")
