@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_runtime import IncompatibleError, OutOfSpaceError
+from edgetune_runtime import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.errors import error_to_report, importing
 
 FULL = Path("/dev/full")
@@ -51,3 +51,10 @@ def test_what_numpy_cannot_write_for_lack_of_space_is_told_as_such() -> None:
     with FULL.open("wb") as file, pytest.raises(OSError, match="requested") as raised:
         np.zeros(1 << 16).tofile(file)
     assert isinstance(error_to_report(raised.value), OutOfSpaceError)
+
+
+def test_an_error_that_caused_what_it_is_raised_after_is_reported() -> None:
+    first = UsageError("wrong")
+    second = ValueError()
+    first.__cause__, second.__cause__ = second, first
+    assert error_to_report(first) is first

@@ -171,7 +171,7 @@ class TrustedRepository:
             raise VerificationError(message, "sign it again (edgetune publish), or set the clock") from error
         except DownloadError as error:
             if isinstance(error.__cause__, EdgetuneError):
-                raise error.__cause__ from error
+                raise error.__cause__ from None
             raise VerificationError(f"{where}: {error}", "check the address, or publish again") from error
         except RepositoryError as error:
             message = f"{where} is refused: {shortened(str(error)) or type(error).__name__}"

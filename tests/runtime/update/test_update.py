@@ -676,6 +676,16 @@ def test_an_update_goes_on_when_nobody_reads_what_it_says(
     assert ask(prefix) == "one"
 
 
+def test_a_first_update_without_a_network_ends_in_one_line(
+    prefix: Path, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publisher("one")
+    words = ["--repo", "http://127.0.0.1:1/repo", "--root", str(publisher.root)]
+    assert main(["update", "--check", "--prefix", str(prefix), *words]) == UnreachableError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "127.0.0.1:1" in line and "refused" in line
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root installs is for other accounts")
 def test_what_root_installs_can_be_read_by_the_account_of_a_unit(prefix: Path, publisher: Publisher) -> None:
     publisher("one")
