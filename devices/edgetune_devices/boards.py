@@ -163,6 +163,8 @@ def _hint(name: str) -> str:
     return f" (did you mean {near!r}?)" if near else ""
 
 
+_MOST = 1e12
+"""More than any board has of anything."""
 _NUMBERS = (
     "cores",
     "ram_mib",
@@ -184,7 +186,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
     if problems:
         return problems
     numbers = [*_NUMBERS, *(key for key in ("kv_gb_per_s",) if key in raw)]
-    problems += [f"{key} is {raw[key]!r}, not a positive number" for key in numbers if not _is_positive(raw[key])]
+    wrong = [key for key in numbers if not _is_positive(raw[key])]
+    problems += [f"{key} is {raw[key]!r}, not a positive number of at most {_MOST:g}" for key in wrong]
     problems += [f"{key} is not text" for key in ("title", "storage") if not isinstance(raw[key], str)]
     if raw.get("system", SYSTEMS[0]) not in SYSTEMS:
         problems.append(f"system is {raw['system']!r}, not one of: {', '.join(SYSTEMS)}")
@@ -210,7 +213,7 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MOST
 
 
 def _is_pattern(value: object) -> bool:

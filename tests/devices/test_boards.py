@@ -125,6 +125,7 @@ def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
     [
         ({"cores": "core = 4"}, r"mine.toml: cores is missing; unknown key 'core' \(did you mean 'cores'\?\)"),
         ({"cores": "cores = 0"}, "cores is 0, not a positive number"),
+        ({"layer_us": "layer_us = inf"}, r"layer_us is inf, not a positive number of at most 1e\+12"),
         ({"cores": "cores = true", "ram_mib": 'ram_mib = "8"'}, "cores is True.*; ram_mib is '8', not a positive"),
         ({"ram_free_mib": "ram_free_mib = 9000"}, "ram_free_mib is 9000, not less than ram_mib 8192"),
         ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
