@@ -20,11 +20,13 @@ from edgetune.training.schedule import passes
 
 from .findings import JudgedRow
 from .reading import Reader, RowReader
-from .said_values import with_unsaid_values
+from .said_values import parts_of_answers, with_unsaid_values
 
 _LOGITS_PER_PASS = 2**25
 _WRONG = 0.1
 """An answer is called probably wrong if it is so much less likely than those of most right rows."""
+_ENOUGH = 5
+"""Rows with a field from which it shows that the model hardly knows it."""
 _SMALLEST = 1e-30
 
 
@@ -63,9 +65,9 @@ def judge(
     read = [(row, example) for row, example in zip(rows, examples, strict=True) if id(example) in likelihoods]
     items = [likelihoods[id(example)] for _, example in read]
     relative = with_unsaid_values([row for row, _ in read], [item.relative for item in items])
-    limit = _limit(relative)
+    limits = _limits([row for row, _ in read], relative)
     judged = []
-    for (row, example), item, found in zip(read, items, relative, strict=True):
+    for (row, example), item, found, limit in zip(read, items, relative, limits, strict=True):
         own = None
         if found <= limit:
             answer = _own_answer(reader.continued(), example, item, tokenizer, deadline)
@@ -73,6 +75,25 @@ def judge(
         weight, times = min(1.0, found / limit), 1 / max(item.relative, 1e-9)
         judged.append(JudgedRow(row.where, item.likelihood, found, own, weight, times))
     return judged
+
+
+def _limits(rows: Sequence[TaskRow], relative: Sequence[float]) -> list[float]:
+    """The relative likelihood of each row at and below which its answer is probably wrong.
+
+    It is the `_limit` of all rows. If most rows with a field are below it, the model hardly knows the field, and its
+    rows are compared with each other; those of a label too.
+    """
+    limit, parts = _limit(relative), [parts_of_answers(row) for row in rows]
+    by_part: dict[str, list[float]] = {}
+    for own, likelihood in zip(parts, relative, strict=True):
+        for part in own:
+            by_part.setdefault(part, []).append(likelihood)
+    hardly_known = {
+        part: min(limit, _limit(likelihoods))
+        for part, likelihoods in by_part.items()
+        if len(likelihoods) >= _ENOUGH and np.median(likelihoods) <= limit
+    }
+    return [min((hardly_known[part] for part in own & hardly_known.keys()), default=limit) for own in parts]
 
 
 def _limit(relative: Sequence[float]) -> float:

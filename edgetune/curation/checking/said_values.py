@@ -71,6 +71,14 @@ def with_unsaid_values(rows: Sequence[TaskRow], relative: Sequence[float]) -> li
     return changed
 
 
+def parts_of_answers(row: TaskRow) -> set[str]:
+    """The fields of all answers of a row that are learned; of a text, such as a label, the text itself."""
+    parts: set[str] = set()
+    for answer in row.answers:
+        parts |= {field for field, _ in _scalars_of(answer)} or {answer.completion or ""}
+    return parts
+
+
 def text_before(row: TaskRow) -> str:
     """All that the model reads before the last answer of a row."""
     return "\n".join(turn["content"] for turn in row.turns[:-1])
@@ -78,12 +86,16 @@ def text_before(row: TaskRow) -> str:
 
 def _values_of(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
     """The texts and numbers of the last answer, in JSON or calls, by field, and whether the text before has them."""
-    answer = Answer.of(row)
+    text = text_before(row)
+    return {(field, value): _is_said(text, value) for field, value in _scalars_of(row)}
+
+
+def _scalars_of(row: TaskRow) -> list[tuple[str, Scalar]]:
+    """The fields and values of the last answer, in JSON or calls."""
+    answer, last = Answer.of(row), len(row.turns) - 1
     if answer is None:
-        return {}
-    text, last = text_before(row), len(row.turns) - 1
-    values = [(answer.field(path), value) for path, value in answer.scalars() if answer.place_of(path) == last]
-    return {(field, value): _is_said(text, value) for field, value in values}
+        return []
+    return [(answer.field(path), value) for path, value in answer.scalars() if answer.place_of(path) == last]
 
 
 def _values_of_all(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:

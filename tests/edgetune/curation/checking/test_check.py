@@ -510,6 +510,23 @@ def test_an_answer_is_wrong_that_is_far_less_likely_than_most(right: list[float]
     assert judging._limit([0.0] * 5) > 0
 
 
+def test_answers_with_a_field_or_a_label_that_the_model_hardly_knows_are_compared_with_each_other() -> None:
+    def row(answer: object) -> TaskRow:
+        return TaskRow(
+            "x:1", ({"role": "user", "content": "x"},), answer if isinstance(answer, str) else json.dumps(answer)
+        )
+
+    known, rare = [0.5] * 20, [2e-3, 1e-3, 3e-3, 2e-3, 1e-3, 1e-7]
+    for common, own in (({"do": "dim"}, {"do": "dim", "fades": "slowly"}), ("dim", "fade")):
+        rows = [*(row(common) for _ in known), *(row(own) for _ in rare)]
+        limits = judging._limits(rows, [*known, *rare])
+        called = [likelihood <= limit for likelihood, limit in zip(rare, limits[20:], strict=True)]
+        assert called == [False, False, False, False, False, True]
+        assert set(limits[:20]) == {judging._limit([*known, *rare])}
+        # Too few rows to tell.
+        assert len(set(judging._limits([*rows[:20], *rows[22:]], [*known, *rare[2:]]))) == 1
+
+
 def test_an_earlier_answer_of_a_conversation_conflicts_with_another_rows(tmp_path: Path) -> None:
     def talk(first: str, last: str) -> dict[str, Any]:
         turns = [("user", "lamp"), ("assistant", first), ("user", f"and {last}"), ("assistant", '{"do": "stop"}')]
