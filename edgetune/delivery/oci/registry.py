@@ -24,7 +24,7 @@ from .login import Credentials, answer
 from .reference import Reference
 
 _CHECK = "check the address and the network, and add --insecure for a registry without encryption"
-_NEXT = re.compile(r"""<([^>]*)>\s*;\s*rel="?next"?""")
+_NEXT = re.compile(r"""<([^<>]*)>\s*;\s*rel="?next"?""")
 """In the header `Link`, the address of the next part of a list."""
 _MOST_PARTS = 16
 

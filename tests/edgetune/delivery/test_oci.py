@@ -24,6 +24,7 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from edgetune_runtime.update import http_client, slow_replies
+from edgetune_runtime.update.http_client import HttpClient
 from filelock import FileLock, Timeout
 from kills import left_by_kills
 from kits import contents, write_bundle
@@ -32,6 +33,7 @@ from repositories import PASSPHRASE, make_keys, publish, seen_by_device
 
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
+from edgetune.delivery.oci import login
 from edgetune.delivery.oci.reference import parse_reference
 from edgetune.delivery.oci.release_metadata import METADATA_TYPE, TrustedChannel
 from edgetune.delivery.oci.transfer import Pushed, open_store
@@ -435,6 +437,12 @@ def test_a_file_that_the_registry_changed_is_refused(bundle: Path, tmp_path: Pat
 
 # Of the user "me" with the password "secret", as `htpasswd -B` writes it.
 _PASSWORDS = "me:$2b$05$5iFt6H5/gVIsny4B/7hDzOpkq5WubvfV7FNCVflmCNX27fbTp.h2K"
+
+
+def test_a_long_challenge_takes_no_time() -> None:
+    # Each letter as a beginning would be looked at for hours.
+    with pytest.raises(UsageError, match="asks for a login"):
+        login.answer(f"Bearer {'a' * 1_000_000}", None, "https://example.org", HttpClient("test"))
 
 
 @needs_registry
