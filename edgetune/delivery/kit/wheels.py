@@ -19,7 +19,7 @@ from pathlib import Path
 from edgetune_export.base_file.cache import make_in_cache
 from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from edgetune.common.progress import Progress
 from edgetune.common.waiting_lock import waiting_lock
@@ -157,10 +157,18 @@ def _pinned(requirement: Requirement) -> Requirement:
     return Requirement(f"{requirement.name}=={installed}") if fits else requirement
 
 
+def _project(path: Path) -> str | None:
+    """The normalized name of a wheel's project; None for what others have put there under another name."""
+    try:
+        return parse_wheel_filename(path.name)[0]
+    except InvalidWheelFilename:
+        return None
+
+
 def _cached(requirement: Requirement, cache: Path) -> Wheel | None:
     """The wheel in the cache that meets a requirement, used from now on; None if there is none, or if it is damaged."""
     for path in sorted(cache.glob("*.whl"), reverse=True):
-        if parse_wheel_filename(path.name)[0] == canonicalize_name(requirement.name):
+        if _project(path) == canonicalize_name(requirement.name):
             with suppress(VerificationError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
                 wheel = read_wheel(path)
                 if wheel.meets(requirement) and archive.testzip() is None:
@@ -188,7 +196,7 @@ def _download(
                 except IncompatibleError:
                     _pip_download([item], target, folder)
         for old in cache.glob("*.whl"):
-            if parse_wheel_filename(old.name)[0] in names and old.stat().st_mtime < time.time() - _IN_USE_S:
+            if _project(old) in names and old.stat().st_mtime < time.time() - _IN_USE_S:
                 old.unlink()
         return [read_wheel(path.replace(cache / path.name)) for path in Path(folder).glob("*.whl")]
 

@@ -18,6 +18,7 @@ from edgetune_runtime.bundle.signatures import read_trusted_keys, trusted_keys_t
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.update.release import ISSUED, NAME, OF_PART
+from filelock import FileLock
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
@@ -39,6 +40,7 @@ NAME/ADAPTER is the role of an adapter's author, who signs parts of the bundle w
 _TRUSTED_KEYS = "trusted-keys"
 _ROOT = re.compile(r"([1-9]\d*)\.root\.json", re.ASCII)
 _ROOT_DAYS = 730
+_LOCK = ".lock"
 
 
 class KeyFolder:
@@ -156,11 +158,13 @@ class KeyFolder:
         if is_author and sum(map(len, self.authors(bundle).values())) >= MOST_AUTHORS:
             message = f"authors of adapters in {bundle} have {MOST_AUTHORS} keys already"
             raise UsageError(message, "revoke one first: edgetune keys revoke")
-        self._replace(role, self.keys(role), lambda: self._new_key(role, external))
+        before = self.keys(role)
+        self._replace(role, before, before, lambda: self._new_key(role, external))
 
     def rotate(self, role: str, external: ExternalKey | None = None) -> None:
         """Make a key in place of the oldest one of a role, or use an external one; the old private key stays here."""
-        self._replace(role, self.keys(role)[1:], lambda: self._new_key(role, external))
+        before = self.keys(role)
+        self._replace(role, before, before[1:], lambda: self._new_key(role, external))
 
     def revoke(self, keyid: str, role: str | None = None) -> str:
         """Trust a key, of which the first digits are given, no longer, in its role or in the only one; the role.
@@ -175,12 +179,13 @@ class KeyFolder:
                 f"see: edgetune keys list {self.folder}; give more digits, or --role",
             )
         ((role, full),) = matches
-        rest = [key for key in self.keys(role) if key.keyid != full]
+        before = self.keys(role)
+        rest = [key for key in before if key.keyid != full]
         least = self.root().signed.roles[role].threshold if role in ROOT_ROLES else _least(role)
         if len(rest) < least:
             message = f"{role} needs {least} keys, and {len(rest)} would be left"
             raise UsageError(message, f"replace it: edgetune keys rotate {self.folder} {role}")
-        self._replace(role, rest)
+        self._replace(role, before, rest)
         return role
 
     def _new_key(self, role: str, external: ExternalKey | None = None) -> Key:
@@ -191,14 +196,23 @@ class KeyFolder:
             return external.key if external.uri is None else write_external_key(self.folder, role, external)
         return write_new_key(self.folder, role, self._passphrase)
 
-    def _replace(self, role: str, kept: Sequence[Key], make: Callable[[], Key] | None = None) -> None:
-        """Make a role trust the keys in `kept`, and a new one; the new key is deleted if that cannot be signed."""
+    def _replace(
+        self, role: str, before: Sequence[Key], kept: Sequence[Key], make: Callable[[], Key] | None = None
+    ) -> None:
+        """Make a role that trusted the keys in `before` trust those in `kept`, and a new one.
+
+        The new key is deleted if that cannot be signed, or if another command has changed the role's keys meanwhile.
+        """
         new = [] if make is None else [make()]
         try:
             if role in ROOT_ROLES:
                 self._write_next_root(role, [*kept, *new])
             else:
-                self._write_bundle_keys(role, [*kept, *new])
+                # The passphrase of the new key may have been asked for since.
+                with FileLock(self.folder / _LOCK):
+                    if self.keys(role) != before:
+                        raise UsageError(f"another command has written {self.trusted_keys(role)}", "run this one again")
+                    self._write_bundle_keys(role, [*kept, *new])
         except BaseException:
             for key in new:
                 path_of(self.folder, role, key).unlink(missing_ok=True)

@@ -59,7 +59,8 @@ def delete_old(repository: Repository, keep: int) -> int:
 
 def _delete_others(paths: Iterable[Path], kept: Container[Path]) -> int:
     freed, folders = 0, set()
-    for path in [path for path in paths if path not in kept]:
+    # Servers and shares put folders of their own there.
+    for path in [path for path in paths if path not in kept and not path.is_dir()]:
         freed += path.stat().st_size
         path.unlink()
         folders.add(path.parent)

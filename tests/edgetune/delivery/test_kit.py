@@ -449,6 +449,7 @@ def test_downloaded_wheels_are_kept_and_damaged_ones_are_downloaded_again(
         return {wheel.name: wheel.path.read_bytes() for wheel in found}
 
     first = collected()
+    (tmp_path / "cache/numpy (1).whl").touch()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     assert collected() == first
     (numpy,) = (tmp_path / "cache").glob("numpy-*")

@@ -172,10 +172,13 @@ def test_releases_that_are_not_kept_are_deleted_with_the_files_that_only_they_ne
     assert blobs == blobs_of(releases[2]) | blobs_of(done.release) | blobs_of(beta)
     assert len(list(publisher.repo.glob("targets/home/*.json"))) == 3
     assert done.deleted_bytes > sum(entry.bytes for entry in releases[0].files.values()) - len(b"weights")
+    (publisher.repo / "blobs/@eaDir").mkdir()
     assert publisher("four", keep=2).deleted_bytes == 0
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device") == done.release
     # What a device was downloading is there until the next but one release.
     refresh(publisher.repo, publisher.keys, expires_days=30, keep=1)
+    # A share's own folder stays.
+    (publisher.repo / "blobs/@eaDir").rmdir()
     assert {path.name for path in (publisher.repo / "blobs").iterdir()} == blobs_of(done.release) | blobs_of(beta)
 
 
@@ -550,6 +553,25 @@ def test_two_changes_of_keys_at_once_do_not_replace_each_other(tmp_path: Path) -
         Interrupted(others.folder, lambda: PASSPHRASE).rotate("snapshot")
     assert len(list(others.folder.glob("timestamp-*.pem"))) == 2
     assert len(list(others.folder.glob("snapshot-*.pem"))) == 1
+
+
+def test_a_key_that_is_revoked_while_another_is_made_stays_revoked(tmp_path: Path) -> None:
+    others = make_keys(tmp_path / "keys")
+    others.add(BUNDLES)
+    first, second = others.keys(BUNDLES)
+
+    def passphrase() -> str:
+        if others.keys(BUNDLES) == [first, second]:
+            others.revoke(first.keyid)
+        return PASSPHRASE
+
+    keys = KeyFolder(others.folder, passphrase)
+    with pytest.raises(UsageError, match=r"another command has written .*trusted-keys\.json; run this one again"):
+        keys.add(BUNDLES)
+    assert others.keys(BUNDLES) == [second]
+    assert len(list(others.folder.glob(f"{BUNDLES}-*.pem"))) == 2
+    keys.add(BUNDLES)
+    assert len(others.keys(BUNDLES)) == 2
 
 
 def test_a_bundle_is_trusted_by_the_keys_that_signed_it(tmp_path: Path) -> None:
