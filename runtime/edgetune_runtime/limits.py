@@ -23,7 +23,7 @@ def no_limits() -> None:
 
 def check_cancel(cancel: object) -> None:
     """UsageError for anything but an event."""
-    if cancel is not None and not hasattr(cancel, "is_set"):
+    if cancel is not None and (not hasattr(cancel, "is_set") or isinstance(cancel, type)):
         raise UsageError(f"cancel is {cancel!r}", "give a threading.Event")
 
 
@@ -34,7 +34,7 @@ class CallLimits:
         if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s > 0):
             raise UsageError(f"deadline_s is {deadline_s!r}", "give a number of seconds above 0")
         check_cancel(cancel)
-        self._end = None if deadline_s is None else time.monotonic() + deadline_s
+        self._end = None if deadline_s is None else time.monotonic() + min(deadline_s, threading.TIMEOUT_MAX)
         self._cancel = cancel
 
     def reason(self) -> str:

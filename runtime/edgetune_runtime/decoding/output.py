@@ -62,16 +62,19 @@ class OutputSpec:
 
     @cached_property
     def grammar(self) -> str:
-        """What llguidance compiles; IncompatibleError when it is not installed, UsageError for too deep a schema."""
-        if self.kind == "schema":
-            options = {"json_allow_general_unicode_escapes": True, **SPACINGS[self.spacing]}
-            try:
+        """What llguidance compiles; IncompatibleError when it is not installed.
+
+        UsageError for too deep a schema, and for a regular expression that is not valid Unicode.
+        """
+        try:
+            if self.kind == "schema":
+                options = {"json_allow_general_unicode_escapes": True, **SPACINGS[self.spacing]}
                 schema = self._closed if self.general is None else with_texts(self.general._closed, self.texts)
                 return str(library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
-            except (ValueError, RecursionError) as error:
-                raise refusal(self.kind, self.text, str(error)) from error
-        if self.kind == "regex":
-            return str(library().LLMatcher.grammar_from_regex(self.text))
+            if self.kind == "regex":
+                return str(library().LLMatcher.grammar_from_regex(self.text))
+        except (ValueError, RecursionError) as error:
+            raise refusal(self.kind, self.text, str(error)) from error
         lark = _lark_of(json.loads(self.text)) if self.kind == "choices" else self.text
         # In JSON, so that a grammar that begins with a brace is not taken for one of llguidance's own format.
         return json.dumps({"grammars": [{"lark_grammar": lark}]})

@@ -59,6 +59,7 @@ def chained(links: int) -> dict[str, Any]:
         ({"choices": ["on", "off", "on"]}, "choice 'on' is given twice; leave one out"),
         ({"regex": " "}, "regex is ' '; give a text that is not empty"),
         ({"regex": "(ab"}, r"regex \(ab cannot be used: unclosed group; correct the regex"),
+        ({"regex": "a\udcff"}, r"regex .* cannot be used: .*surrogates not allowed; correct the regex"),
         ({"regex": r"(a)\1"}, "backreferences are not supported"),
         ({"regex": r"[^\s\S]"}, "no answer fits it; change it so that some answer fits"),
         ({"regex": "(" * 300 + "a" + ")" * 300}, "nested"),

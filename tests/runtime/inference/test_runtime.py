@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -162,6 +163,7 @@ def test_an_answer_that_does_not_end_fills_the_context(runtime: Runtime) -> None
         ({"deadline_s": "1"}, "deadline_s is '1'; give a number of seconds above 0"),
         ({"deadline_s": math.nan}, "deadline_s is nan; give a number of seconds above 0"),
         ({"cancel": True}, "cancel is True; give a threading.Event"),
+        ({"cancel": threading.Event}, "cancel is <class 'threading.Event'>; give a threading.Event"),
     ],
 )
 def test_a_limit_of_a_wrong_kind_is_refused(runtime: Runtime, limit: dict[str, object], told: str) -> None:
@@ -169,6 +171,11 @@ def test_a_limit_of_a_wrong_kind_is_refused(runtime: Runtime, limit: dict[str, o
         runtime.stream(PROMPT, **limit)
     with pytest.raises(UsageError, match=told):
         asyncio.run(AsyncRuntime(runtime).generate(PROMPT, **limit))
+
+
+def test_a_deadline_may_be_as_far_as_anybody_likes(runtime: Runtime) -> None:
+    for deadline_s in (math.inf, 10**400):
+        assert runtime.generate(PROMPT, max_tokens=2, deadline_s=deadline_s).stop_reason == "length"
 
 
 def test_an_answer_ends_before_a_stop_text(runtime: Runtime) -> None:
