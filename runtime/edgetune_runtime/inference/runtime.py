@@ -22,6 +22,7 @@ from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
+from edgetune_runtime.wording import shortened
 
 from .adapter_changes import AdapterChanges, add_adapter, reload
 from .adapter_choice import Adapters
@@ -272,8 +273,11 @@ class Runtime(AbstractContextManager["Runtime"]):
     def negative_log_likelihood(self, text: str, *, adapter: Adapters = None) -> NegativeLogLikelihood:
         """The negative log-likelihood of the text's tokens except the first, to be summed over several texts.
 
-        A text longer than the context is split into windows that overlap by one token.
+        A text longer than the context is split into windows that overlap by one token. UsageError for less than two
+        tokens.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"the text is {shortened(repr(text))}", "give a string")
         _, adapters = self._loaded.pool(adapter)
         capacity = self._loaded.capacity(adapters)
         with self._loaded.base.tokenizer() as tokenizer:

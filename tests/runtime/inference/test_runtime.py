@@ -270,6 +270,8 @@ def test_negative_log_likelihood_of_a_text_longer_than_the_context_counts_each_t
 def test_a_text_of_one_token_has_no_perplexity(runtime: Runtime) -> None:
     with pytest.raises(UsageError, match="perplexity"):
         runtime.perplexity("")
+    with pytest.raises(UsageError, match="the text is None; give a string"):
+        runtime.perplexity(None)  # type: ignore[arg-type]
 
 
 def test_the_error_about_a_long_prompt_has_its_length_and_that_of_the_context(runtime: Runtime) -> None:
