@@ -167,7 +167,8 @@ def export_trained(
     """Bundle PEFT folders trained elsewhere with their base; parity is checked on built-in prompts."""
     out = named(out)
     check_destination(out)
-    _check_keeps(Path(base), out)
+    if Path(base).exists():
+        _check_keeps(Path(base), out)
     started = time.monotonic()
     defaults = Recipe.model_fields
     prompts = systems or {}

@@ -21,7 +21,7 @@ from edgetune_runtime.states.cache import CALLS, FROM_CALL, PROMPTS, Active, Key
 from edgetune_runtime.states.store import digest_of
 from edgetune_runtime.threads.count import DECODE, PREFILL, Kind
 
-from .held import Held
+from .held_context import HeldContext
 from .jobs import PrefillResult, PromptJob, SharedResources
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ _MAX_DECODED = 16
 _LOG = logging.getLogger(__name__)
 
 
-class Context(Held):
+class Context(HeldContext):
     """An engine with its current sequence, and what it shares with other contexts. Use it only inside `hold`."""
 
     def __init__(self, engine: Engine, shared: SharedResources) -> None:

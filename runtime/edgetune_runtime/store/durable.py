@@ -31,7 +31,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
 
 
 def write_for_all() -> None:
-    """Let all accounts read what root writes from now on, whatever root's umask is: that of a unit is another one."""
+    """Let all accounts read what root writes from now on, whatever its umask is: a unit runs as another account."""
     if os.geteuid() == 0:
         os.umask(0o022)
 

@@ -29,7 +29,7 @@ ID_LENGTH = 16
 """Hex digits of a version id and of a wheels id."""
 ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 COPY_AGAIN = "copy the kit again"
-_GO_BACK = "go back with `edgetune-run update --rollback`, or install the kit again"
+_INSTALL_AGAIN = "install the kit again"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
@@ -118,11 +118,12 @@ def read_kit(folder: Path) -> Kit:
     return kit
 
 
-def read_installed(version: Path) -> Kit:
-    """The kit that an installed version came from; VerificationError if its kit.json is not the one of this version."""
-    kit = parse_kit(_text(version / KIT_NAME), str(version / KIT_NAME), _GO_BACK)
+def read_installed(version: Path, remedy: str = _INSTALL_AGAIN) -> Kit:
+    """The kit that an installed version came from; VerificationError, with `remedy`, if its kit.json is not the one of
+    this version."""
+    kit = parse_kit(_text(version / KIT_NAME, remedy), str(version / KIT_NAME), remedy)
     if kit.version != version.name:
-        raise VerificationError(f"{version / KIT_NAME} is damaged", _GO_BACK)
+        raise VerificationError(f"{version / KIT_NAME} is damaged", remedy)
     return kit
 
 
@@ -147,7 +148,7 @@ def bundle_identity(files: Iterable[KitFile]) -> str:
 def parse_kit(text: str, where: str = KIT_NAME, remedy: str = COPY_AGAIN) -> Kit:
     """The kit described by the text of a kit.json; VerificationError if it is damaged or of another version.
 
-    `where` and `remedy` are for its message.
+    `where` is the file for its messages, and `remedy` what helps if it is damaged.
     """
     if len(text.encode()) > _MOST_TEXT_BYTES:
         message = f"{KIT_NAME} has more than {_MOST_TEXT_BYTES} bytes"
@@ -156,7 +157,7 @@ def parse_kit(text: str, where: str = KIT_NAME, remedy: str = COPY_AGAIN) -> Kit
         raw = json.loads(text)
         schema = _field(raw, "schema", int)
         if schema != SCHEMA_VERSION:
-            message = f"{KIT_NAME} has schema {schema}, this program reads {SCHEMA_VERSION}"
+            message = f"{where} has schema {schema}, this program reads {SCHEMA_VERSION}"
             raise VerificationError(message, "make the kit again")
         kit = Kit(
             name=_text_of(raw, "name", _NAME),
@@ -239,17 +240,18 @@ def _sums(text: str) -> dict[str, str]:
     return digests
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, remedy: str = COPY_AGAIN) -> str:
     try:
         with open_regular(path, follows_links=True) as file:
             data = file.read(_MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:
-            raise VerificationError(f"{path} has more than {_MOST_TEXT_BYTES} bytes", COPY_AGAIN)
+            raise VerificationError(f"{path} has more than {_MOST_TEXT_BYTES} bytes", remedy)
         return data.decode()
     except (FileNotFoundError, NotADirectoryError) as error:
-        remedy = "give the folder of a kit that `edgetune kit` wrote"
-        raise NotFoundError(f"{path.parent} is not a kit: it has no {path.name}", remedy) from error
+        message = f"{path.parent} is not a kit: it has no {path.name}"
+        raise NotFoundError(message, "give the folder of a kit that `edgetune kit` wrote") from error
     except OSError as error:
-        raise VerificationError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
+        message = f"cannot read {path}: {error.strerror}" if error.strerror else str(error)
+        raise VerificationError(message, "check its permissions") from error
     except UnicodeDecodeError as error:
-        raise VerificationError(f"{path} is damaged: it is not UTF-8", COPY_AGAIN) from error
+        raise VerificationError(f"{path} is damaged: it is not UTF-8", remedy) from error

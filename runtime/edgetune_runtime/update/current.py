@@ -19,12 +19,13 @@ from .state import UpdateState, read_state, write_state
 
 WENT_BACK = "this device went back from it"
 _STARTED_OFTEN = f"it was started {acknowledgement.MOST_STARTS} times without a clean exit, and not acknowledged"
+_GO_BACK = "go back with `edgetune-run update --rollback`, or install the kit again"
 
 
 def current_kit(prefix: Path) -> Kit | None:
     """The description of the current version; None if there is none."""
     version = versions.linked(prefix, versions.CURRENT)
-    return None if version is None else read_installed(versions.path_of(prefix, version))
+    return None if version is None else read_installed(versions.path_of(prefix, version), _GO_BACK)
 
 
 def status(prefix: Path, say: Say) -> dict[str, Any]:

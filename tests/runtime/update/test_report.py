@@ -86,10 +86,11 @@ def test_an_update_that_a_disk_or_a_damaged_file_ends_is_reported(prefix: Path, 
     (prefix / "aside").rename(prefix / "files")
     kit = prefix / "current/kit.json"
     kit.chmod(0o644)
-    kit.write_text("")
-    assert update(prefix) == VerificationError.exit_code
-    told = parse_report(path.read_bytes()).error
-    assert f"{kit.resolve()} is damaged" in told and "go back with `edgetune-run update --rollback`" in told
+    for damaged in (b"", b"\xff"):
+        kit.write_bytes(damaged)
+        assert update(prefix) == VerificationError.exit_code
+        told = parse_report(path.read_bytes()).error
+        assert f"{kit.resolve()} is damaged" in told and "go back with `edgetune-run update --rollback`" in told
 
 
 def test_a_report_is_posted_and_a_server_that_refuses_it_changes_nothing(

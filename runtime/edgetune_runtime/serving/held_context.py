@@ -15,7 +15,7 @@ from .places import Holder, Patience, Places
 from .turns import POLL_S
 
 
-class Held:
+class HeldContext:
     """An engine that only its `holder` uses, if there is one; `places` guards who that is."""
 
     def __init__(self, engine: Engine, places: Places) -> None:
