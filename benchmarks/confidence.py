@@ -52,12 +52,11 @@ def main() -> None:
     parser = BENCHMARK.parser(only=tuple(TASKS), works=True)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with a folder of each other task")
     parser.add_argument("--base", default="smollm2-135m", help="the base (default: %(default)s)")
-    parser.add_argument("--train-rows", type=int, default=400, help="of each adapter (default: %(default)s)")
+    parser.add_argument("--train-rows", type=int, default=1000, help="of each adapter (default: %(default)s)")
     parser.add_argument("--fit-rows", type=int, default=150, help="on which curves are fitted (default: %(default)s)")
     parser.add_argument("--test-rows", type=int, default=300, help="at most (default: %(default)s)")
     parser.add_argument("--weak-epochs", type=float, default=0.5, help="default: %(default)s")
-    parser.add_argument("--epochs", type=float, default=3.0, help="default: %(default)s")
-    parser.add_argument("--few-rows", type=int, default=50, help="with `training: auto` (default: %(default)s)")
+    parser.add_argument("--few-rows", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--folds", type=int, default=5, help="of these (default: %(default)s)")
     parser.add_argument("--training", nargs="+", choices=STRENGTHS, default=STRENGTHS, help="default: all")
     small = {"few_rows": 24, "folds": 2, "training": ("weak", "few")}
@@ -101,11 +100,11 @@ def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: P
         parts = {"train": lines[: options.few_rows]}
         data["held_out"], adapter["confidence_folds"], training = 0.1, options.folds, {"auto": True}
     else:
-        # Of the last rows, half choose the checkpoint, and half are for the curves.
-        others = lines[options.train_rows : options.train_rows + 2 * options.fit_rows]
-        parts = {"train": lines[: options.train_rows], "validation": others[::2], "confidence": others[1::2]}
-        epochs = options.epochs if strength == "good" else options.weak_epochs
-        training = {"epochs": epochs, "learning_rate": 2e-3, "evals": 3}
+        # Of the other rows, half are for validation, and half are for the curves.
+        others, rest = lines[: 2 * options.fit_rows], lines[2 * options.fit_rows :]
+        parts = {"train": rest[: options.train_rows], "validation": others[::2], "confidence": others[1::2]}
+        weak = {"epochs": options.weak_epochs, "learning_rate": 2e-3, "evals": 3}
+        training = weak if strength == "weak" else {"auto": True}
     adapter["method"] = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     out.parent.mkdir(parents=True, exist_ok=True)
     used = {line for part in parts.values() for line in part}

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, entry_of
-from edgetune_runtime.bundle.files import bundle_path
+from edgetune_runtime.bundle.files import bundle_path, folders_of
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.update.release import file_entry
 
@@ -91,8 +91,7 @@ def layers_of(data: bytes, where: str) -> dict[str, FileEntry]:
         if raw.get("mediaType", MANIFEST_TYPE) != MANIFEST_TYPE:
             raise ValueError(f"it is of the type {str(raw['mediaType'])[:80]!r}")
         files = dict(_file(layer) for layer in raw["layers"])
-        folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
-        if folders & files.keys():
+        if folders_of(files) & files.keys():
             raise ValueError("it has a file in place of a folder")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise _no_bundle(where, str(error)[:200]) from error

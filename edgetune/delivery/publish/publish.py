@@ -19,6 +19,7 @@ from edgetune_runtime.bundle import (
 from edgetune_runtime.bundle.parts import parts_in
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, is_signature_file, signature_file
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.formats.atomic import raising_disk_errors
 from edgetune_runtime.store.kit import version_key
 from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part
 from filelock import FileLock, Timeout
@@ -216,12 +217,10 @@ def locked(repo: Path) -> Iterator[None]:
 
     The thread that holds it may take it again.
     """
-    try:
+    with raising_disk_errors(repo):
         repo.mkdir(parents=True, exist_ok=True)
-        with FileLock(repo / _LOCK, blocking=False, is_singleton=True):
-            yield
-    except Timeout as error:
-        raise UsageError(f"another publish is using {repo}", "wait until it has ended") from error
-    except OSError as error:
-        where = error.filename or repo
-        raise UsageError(f"{where}: {error.strerror}", "check the disk and its permissions") from error
+        try:
+            with FileLock(repo / _LOCK, blocking=False, is_singleton=True):
+                yield
+        except Timeout as error:
+            raise UsageError(f"another publish is using {repo}", "wait until it has ended") from error

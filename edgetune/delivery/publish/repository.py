@@ -25,6 +25,7 @@ from edgetune_runtime.update.release import (
     path_of_part,
     role_of_part,
 )
+from edgetune_runtime.update.trust import issued_of
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
@@ -69,6 +70,11 @@ class Repository:
             signs = Root.type in keys.roles_here
             renew = f"sign the next one: edgetune keys rotate {keys.folder} root"
             raise UsageError(message, renew if signs else "copy the next *.root.json from whoever has the root keys")
+        if issued_of(self._root) > _after(1):
+            # The time of a root is one that has passed for devices: to those whose clocks are right, all would expire.
+            message = f"the root in {keys.folder} was made on {issued_of(self._root):%Y-%m-%d}, which is still to come"
+            remedy = f"set this machine's clock; if it is right: edgetune keys rotate {keys.folder} root"
+            raise UsageError(message, remedy)
         self._published_root = self._read_published_root()
         self._roles: dict[str, Targets] = {}
         self._changed: set[str] = set()

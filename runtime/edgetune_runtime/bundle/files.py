@@ -133,9 +133,9 @@ def files_of_format(manifest: Manifest, name: str) -> list[str]:
     named = [files[name] for files in by_format if name in files]
     others = {file for files in by_format for other, file in files.items() if other != name}
     others |= {file for adapter in manifest.adapters.values() for file in adapter.shared_files}
-    shared = {str(folder) for file in others for folder in PurePosixPath(file).parents}
+    shared = folders_of(others)
     folders = {str(PurePosixPath(file).parent) for file in named} - shared
-    beside = [file for file in manifest.files if folders & {str(folder) for folder in PurePosixPath(file).parents}]
+    beside = [file for file in manifest.files if folders & folders_of([file])]
     return list(dict.fromkeys([*named, *beside]))
 
 
@@ -187,6 +187,11 @@ def bundle_path(path: str) -> str:
     if len(path.encode()) > _LONGEST_PATH_BYTES or len(parts) > _DEEPEST_PATH:
         raise ValueError(f"it names {path[:80]!r}, which is too long or in too many folders")
     return path
+
+
+def folders_of(paths: Iterable[str]) -> set[str]:
+    """The folders above these files, up to "."."""
+    return {str(folder) for path in paths for folder in PurePosixPath(path).parents}
 
 
 def resolve(bundle: Path, name: str) -> Path:

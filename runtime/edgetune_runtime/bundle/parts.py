@@ -12,14 +12,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError, parsing
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
-from .files import bundle_path, files_only_of, resolve, sha256_of, with_present_formats
+from .files import bundle_path, files_only_of, folders_of, resolve, sha256_of, with_present_formats
 from .reading import check, parse_adapter, parse_manifest
 from .records import AUTHOR_NAME, LONGEST_MANIFEST, MANIFEST_NAME, AdapterEntry, FileEntry, Manifest
 
@@ -85,7 +85,7 @@ def parse_part(data: bytes, where: str) -> Part:
         part = dataclass_of(Part, values)
         folder = part_path(part.adapter.name).removesuffix(_NAME)
         named = {*part.files, *part.adapter.files.values(), *part.adapter.shared_files}
-        folders = {str(parent) for name in named for parent in PurePosixPath(bundle_path(name)).parents}
+        folders = folders_of(map(bundle_path, named))
         outside = [
             name for name in named
             if not name.startswith(folder) or name in folders or name.removeprefix(folder).split("/")[0] == _NAME

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgetune_runtime.errors import OUT_OF_SPACE, OutOfSpaceError
+from edgetune_runtime.errors import OUT_OF_SPACE, OutOfSpaceError, UsageError
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _REMEDY = "free some space or choose another folder"
@@ -50,6 +50,23 @@ def raising_out_of_space(out: Path) -> Iterator[None]:
         if error.errno not in OUT_OF_SPACE and not (error.errno is None and is_full(out.parent)):
             raise
         raise OutOfSpaceError(f"no space left to write {out}", _REMEDY) from error
+
+
+@contextmanager
+def raising_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk in the block into one line, which names the path, or `folder` where the error has none.
+
+    OutOfSpaceError when the disk is full, else UsageError.
+    """
+    try:
+        with raising_out_of_space(folder):
+            yield
+    except BrokenPipeError:
+        # Nobody reads the output.
+        raise
+    except OSError as error:
+        message = f"{error.filename or folder}: {error.strerror or error}"
+        raise UsageError(message, "check the disk and its permissions") from error
 
 
 def is_full(folder: Path) -> bool:

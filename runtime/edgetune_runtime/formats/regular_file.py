@@ -21,7 +21,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     try:
         with open_regular(path, follows_links=True) as file:
             yield file
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"no file {path}", "check the path") from error
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}" if error.strerror else str(error)

@@ -14,7 +14,7 @@ from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.bundle.parts import identity
 from edgetune_runtime.bundle.records import MANIFEST_NAME
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
-from edgetune_runtime.formats.regular_file import open_regular
+from edgetune_runtime.formats.regular_file import reading
 from edgetune_runtime.type_checks import DIGEST, MOST_BYTES, WORD, matching, whole
 
 from .opening import Opening, parse_opening
@@ -242,16 +242,13 @@ def _sums(text: str) -> dict[str, str]:
 
 def _text(path: Path, remedy: str = COPY_AGAIN) -> str:
     try:
-        with open_regular(path, follows_links=True) as file:
+        with reading(path) as file:
             data = file.read(_MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:
             raise VerificationError(f"{path} has more than {_MOST_TEXT_BYTES} bytes", remedy)
         return data.decode()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except NotFoundError as error:
         message = f"{path.parent} is not a kit: it has no {path.name}"
         raise NotFoundError(message, "give the folder of a kit that `edgetune kit` wrote") from error
-    except OSError as error:
-        message = f"cannot read {path}: {error.strerror}" if error.strerror else str(error)
-        raise VerificationError(message, "check its permissions") from error
     except UnicodeDecodeError as error:
         raise VerificationError(f"{path} is damaged: it is not UTF-8", remedy) from error

@@ -7,13 +7,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import BusyError, EdgetuneError, IncompatibleError, UsageError
-from edgetune_runtime.formats.atomic import raising_out_of_space
+from edgetune_runtime.formats.atomic import raising_disk_errors
 from edgetune_runtime.processes.interrupts import end_in_order
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import write_for_all
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     write_for_all()
     default = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
     prefix = (options.prefix or Path(default)).absolute()
-    with _naming_disk(prefix):
+    with raising_disk_errors(prefix):
         _act(prefix, options)
 
 
@@ -105,7 +104,7 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
         options.repo, options.bundle, options.channel, options.root, formats, report_to, options.quota_mb
     )
     try:
-        with _naming_disk(prefix):
+        with raising_disk_errors(prefix):
             found = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except BusyError:
         # Whoever is at work reports how that ended.
@@ -117,20 +116,6 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
     report.report(prefix, _say, newest)
     result = {} if options.check else {"available": False, "changed": changed, **_where(prefix)}
     _show({**newest.to_json(), **result}, options.json)
-
-
-@contextmanager
-def _naming_disk(prefix: Path) -> Iterator[None]:
-    """Turn the errors of a disk into one line."""
-    try:
-        with raising_out_of_space(prefix):
-            yield
-    except BrokenPipeError:
-        # Nobody reads the output.
-        raise
-    except OSError as error:
-        where = error.filename or prefix
-        raise UsageError(f"{where}: {error.strerror}", "check the disk and its permissions") from error
 
 
 def _where(prefix: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry, entry_of
-from edgetune_runtime.bundle.files import bundle_path
+from edgetune_runtime.bundle.files import bundle_path, folders_of
 from edgetune_runtime.bundle.parts import LONGEST_PART, MOST_VERSION, Part, identity, parse_part, part_path
 from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
 from edgetune_runtime.errors import IncompatibleError, VerificationError, parsing
@@ -169,6 +169,8 @@ def parse_release(data: bytes) -> Release:
         manifest = release.files.get(MANIFEST_NAME)
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
             raise ValueError(f"it has no {MANIFEST_NAME} that can be read, or no formats")
+        if folders_of(files) & files.keys():
+            raise ValueError("it has a file in place of a folder")
     return release
 
 

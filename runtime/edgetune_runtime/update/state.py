@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError, parsing
+from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.type_checks import dataclass_of
 
@@ -65,7 +66,8 @@ def read_state(prefix: Path) -> UpdateState:
     """The state of a prefix, a new one if there is none; VerificationError if it is damaged."""
     path = prefix / FOLDER / STATE_NAME
     try:
-        data = path.read_bytes()
+        with open_regular(path, follows_links=True) as file:
+            data = file.read()
     except FileNotFoundError:
         return UpdateState()
     # Without its floors, an old version could be passed off as new.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
@@ -436,6 +436,27 @@ def test_an_expired_root_is_followed_by_the_next_one(tmp_path: Path, monkeypatch
     others = Path(shutil.copytree(publisher.keys.folder, tmp_path / "others", ignore=shutil.ignore_patterns("root-*")))
     with pytest.raises(UsageError, match=r"expired on .*; copy the next \*\.root\.json from whoever has the root keys"):
         publish(publisher.bundle, publisher.repo, open_keys(others))
+    monkeypatch.undo()
+    publisher.keys.rotate("root")
+    publisher("one")
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
+
+
+class TomorrowWeek(datetime):
+    """A clock that is eight days ahead."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> TomorrowWeek:
+        return cls.fromtimestamp(datetime.now(tz).timestamp() + 8 * 86_400, tz)
+
+
+def test_a_root_that_was_made_with_a_wrong_clock_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_folder, "datetime", TomorrowWeek)
+    publisher = Publisher(tmp_path)
+    with pytest.raises(UsageError, match=r"was made on 20..-..-.., which is still to come; set this machine's clock"):
+        publisher("one")
     monkeypatch.undo()
     publisher.keys.rotate("root")
     publisher("one")

@@ -148,6 +148,18 @@ def test_a_rollback_where_nothing_can_be_written_leaves_a_version_running(
     assert write > 5
 
 
+def test_a_state_that_is_no_file_is_not_waited_for(
+    prefix: Path, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publisher("one")
+    assert apply(prefix, publisher) == 0
+    state = prefix / "update/state.json"
+    state.unlink()
+    os.mkfifo(state)
+    assert run(prefix, "--status") == UsageError.exit_code
+    assert f"{state} is not a regular file; check the disk" in capsys.readouterr().err
+
+
 def test_the_status_is_shown_where_nothing_can_be_written(prefix: Path, publisher: Publisher) -> None:
     publisher("one")
     assert apply(prefix, publisher) == 0
@@ -168,9 +180,9 @@ def test_a_repository_that_loses_a_bundle_is_refused(
 
 
 @pytest.mark.parametrize(
-    "path", ["../x", "/etc/x", "a/../../x", "a//b", "./a", "a/", "", "a\\b", "\x1b[2J", "x" * 5000]
+    "path", ["../x", "/etc/x", "a/../../x", "a//b", "./a", "a/", "", "a\\b", "\x1b[2J", "x" * 5000, "answer.txt/x"]
 )
-def test_a_release_with_a_path_outside_the_bundle_is_refused(
+def test_a_release_with_a_path_that_no_bundle_has_is_refused(
     path: str, prefix: Path, publisher: Publisher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     release = publisher("one").release
@@ -182,5 +194,5 @@ def test_a_release_with_a_path_outside_the_bundle_is_refused(
     assert apply(prefix, publisher) != 0
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "\x1b" not in error
-    assert "outside the bundle" in error or "too long" in error
+    assert any(reason in error for reason in ("outside the bundle", "too long", "a file in place of a folder"))
     assert ask(prefix) == "zero"
