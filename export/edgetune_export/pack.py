@@ -85,12 +85,14 @@ def folder_beside(out: Path) -> Iterator[Path]:
 def check_destination(out: Path) -> None:
     """UsageError unless `out` does not exist, is an empty folder, or is a bundle without other files in it.
 
-    UsageError for a name that is too long, and for the current folder, too. What killed changes of a bundle have left
-    in it counts as its own.
+    UsageError for a name that is too long, below a file, and for the current folder, too. What killed changes of a
+    bundle have left in it counts as its own.
     """
     if (length := len(os.fsencode(out.name))) > _LONGEST_NAME:
         message = f"the name of {out} has {length} bytes, more than {_LONGEST_NAME}"
         raise UsageError(message, "choose a shorter one")
+    if any(folder.exists() and not folder.is_dir() for folder in out.parents):
+        raise UsageError(f"{out} is below a file", "choose another folder")
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():

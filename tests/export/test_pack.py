@@ -118,7 +118,7 @@ def test_a_file_or_a_foreign_folder_is_never_replaced(work: Path, tmp_path: Path
     (tmp_path / "project" / MANIFEST_NAME).write_text(json.dumps({"name": "a web app"}))
     (tmp_path / "nested" / "empty").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "nested")
-    for name in ("file", "project", "nested", "link"):
+    for name in ("file", "file/x", "project", "nested", "link"):
         with pytest.raises(UsageError, match=name):
             pack(work, tmp_path / name, MANIFEST)
     assert (tmp_path / "file").read_text() == "mine"
