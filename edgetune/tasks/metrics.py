@@ -34,9 +34,9 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     """The metric to use: `metric` itself, or for "auto" the one that suits `rows`.
 
     Label accuracy if there are labels, or if the rows have a label that occurs again; perplexity for rows of text; JSON
-    equality if all completions are JSON objects, but for texts of rows with tools, of which at least half end in calls;
-    ROUGE-L for completions of more than three words on average, or characters of scripts without spaces; otherwise
-    exact match.
+    equality if all completions are JSON objects or lists, but for texts of rows with tools, of which at least half end
+    in calls; ROUGE-L for completions of more than three words on average, or characters of scripts without spaces;
+    otherwise exact match.
     """
     if metric != "auto":
         return metric
@@ -45,9 +45,9 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     completions = [row.completion for row in rows if row.completion is not None]
     if not completions:
         return "perplexity"
-    objects = [isinstance(_parsed(row.completion or ""), dict) for row in rows]
-    are_objects = all(is_object or row.tools is not None for is_object, row in zip(objects, rows, strict=True))
-    if are_objects and sum(objects) * 2 >= len(rows):
+    has_json = [_compares("json", row) for row in rows]
+    are_json = all(is_json or row.tools is not None for is_json, row in zip(has_json, rows, strict=True))
+    if are_json and sum(has_json) * 2 >= len(rows):
         return "json"
     words = sum(map(_words_in, completions)) / len(completions)
     return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
@@ -155,20 +155,20 @@ def without_label(rows: Sequence[TaskRow]) -> list[TaskRow]:
     return [row for row in rows if not row.is_labelled] if is_usual else []
 
 
-def without_object(rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """The rows that keep the others, at least nine of ten, from being scored as JSON objects."""
+def without_json(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows that keep the others, at least nine of ten, from being scored as JSON."""
     odd, others = list[TaskRow](), list[TaskRow]()
     for row in rows:
-        is_object = row.tools is not None or isinstance(_parsed(row.completion or ""), dict)
-        (others if is_object else odd).append(row)
+        is_json = row.tools is not None or _compares("json", row)
+        (others if is_json else odd).append(row)
     return odd if 0 < 10 * len(odd) <= len(rows) and metric_for("auto", others, None) == "json" else []
 
 
 def form_doubt(rows: Sequence[TaskRow]) -> str | None:
-    """A sentence about the rows that keep the others from having labels or JSON objects; None without any."""
+    """A sentence about the rows that keep the others from having labels or JSON; None without any."""
     for odd, what, form in (
         (without_label(rows), "rows have no label", "labels"),
-        (without_object(rows), "answers are not JSON objects", "JSON"),
+        (without_json(rows), "answers are not JSON objects or lists", "JSON"),
     ):
         if odd:
             share = f"{len(odd)} of {len(rows)} {what}, such as {odd[0].where}"

@@ -21,7 +21,7 @@ from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, rows_of
 from edgetune.tasks.estimate import estimated_tokens
-from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, without_object
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, without_json
 from edgetune.tasks.row_files import DELIMITERS, entries
 from edgetune.tasks.task import Task, read_task, with_scope
 from edgetune.tasks.tokenization import tokenize_rows
@@ -93,7 +93,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
     kinds = answers.balance(answered, task.metric)
     has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG or (
-        task.spec.metric == "auto" and bool(without_object([item.row for item in rows]))
+        task.spec.metric == "auto" and bool(without_json([item.row for item in rows]))
     )
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),

@@ -19,7 +19,8 @@ def rows(*completions: str) -> list[TaskRow]:
 def test_auto_finds_the_metric_that_fits_the_rows() -> None:
     assert metric_for("auto", rows("on", "off"), ["on", "off"]) == "label"
     assert metric_for("auto", rows('{"a": 1}', '{"b": 2}'), None) == "json"
-    assert metric_for("auto", rows('{"a": 1}', "[1]"), None) == "exact"
+    assert metric_for("auto", rows('[{"name": "set the lamp", "room": "hall"}]', "[]", '{"a": 1}'), None) == "json"
+    assert metric_for("auto", rows('{"a": 1}', "1"), None) == "exact"
     assert metric_for("auto", rows("yes it is", "no"), None) == "exact"
     assert metric_for("auto", rows("yes it is so", "no it is not so"), None) == "rouge_l"
     assert metric_for("auto", [TaskRow("x:1", text="once upon a time")], None) == "perplexity"

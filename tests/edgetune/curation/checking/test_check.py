@@ -312,7 +312,8 @@ def test_answers_are_compared_as_json_but_for_a_few_others(tmp_path: Path) -> No
     found = checked(tmp_path, [*ORDERS, other, text], output="auto")
     assert (places(found, "misfit"), places(found, "conflict")) == ([["train:22"]], [["train:1", "train:21"]])
     (doubt,) = read_task("home", Recipe.from_file(tmp_path / "recipe.yaml")).doubts
-    assert doubt.startswith("1 of 22 answers are not JSON objects, such as ") and doubt.endswith("free text, not JSON")
+    assert doubt.startswith("1 of 22 answers are not JSON objects or lists, such as ")
+    assert doubt.endswith("free text, not JSON")
 
 
 def talk_about(room: str) -> list[dict[str, str]]:
