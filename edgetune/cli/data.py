@@ -173,8 +173,8 @@ def _print_check(check: TaskCheck) -> None:
     about = "about " * check.is_estimated
     lengths = f"{about}{tokens[0]} to {tokens[-1]} tokens, half of them at most {tokens[len(tokens) // 2]}"
     print(printable(f"{check.name}: {rows} rows of {lengths}"))
-    if check.estimate is not None and check.estimate.shortage:
-        print(f"  {check.estimate.shortage}")
+    if check.estimate is not None:
+        print(f"  {check.estimate.summary}")
     for kind, count in check.counts.items():
         print(f"  {KINDS[kind]}: {count}")
         for finding in check.of_kind(kind)[:SHOWN]:

@@ -14,6 +14,8 @@ SPLITS = (TRAIN, VALIDATION, CONFIDENCE, TEST)
 UNUSABLE, MISFIT, TOO_LONG, CONFLICT = "unusable", "misfit", "too_long", "conflict"
 REPEAT, NEAR_REPEAT, SHARED, NEAR_SHARED, RARE = "repeat", "near_repeat", "shared", "near_shared", "rare"
 WRONG = "wrong_label"
+_LEAST_KNOWN = 0.05
+"""Adapters that would give fewer of the answers themselves hardly know the task."""
 
 KINDS = {
     UNUSABLE: "rows that cannot be used",
@@ -116,12 +118,19 @@ class LabelEstimate:
         return len(self.rows) / (len(self.rows) + self.unjudged)
 
     @property
-    def shortage(self) -> str:
-        """What the time was too short for, as a sentence with the remedy; empty if it sufficed."""
+    def summary(self) -> str:
+        """How many answers are probably wrong, how well the adapters know the task, and what is lacking."""
+        count = len(self.rows)
+        wrong, known = sum(row.own is not None for row in self.rows), sum(row.relative >= 1 for row in self.rows)
+        parts = [f"{wrong} of {count} answers are probably wrong", f"the adapters would give {known} themselves"]
         if self.needed_minutes is not None:
             read = f"each adapter was trained on {self.epochs:.0%} of its rows, which is too little to know the task"
-            return f"{read}: give --minutes {self.needed_minutes}"
-        return f"judged {self.share:.0%} of the rows, the shortest: more need a larger --minutes" * bool(self.unjudged)
+            parts.append(f"{read}: give --minutes {self.needed_minutes}")
+        elif known < _LEAST_KNOWN * count:
+            parts.append("they hardly know the task, so some may be missed: give more rows, epochs or --minutes")
+        if self.unjudged:
+            parts.append(f"judged {self.share:.0%} of the rows, the shortest: more need a larger --minutes")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)

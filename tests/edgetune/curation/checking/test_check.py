@@ -590,11 +590,18 @@ def test_the_time_in_which_each_training_reads_its_rows_is_named() -> None:
     options = method.options()
     job = TrainingJob("home", method, options, TrainingSpec(epochs=30), rows, rows[:1], "", method.objective(options))
     assert folds._within(folds._epoch_seconds(100, job), 100, job).epochs == pytest.approx(1)
-    judged = [JudgedRow("train:1", 0.1, 0.2)]
-    assert "2% of its rows, which is too little" in LabelEstimate(judged, 0, 0.02, 60, needed_minutes=9).shortage
-    assert "--minutes 9" in LabelEstimate(judged, 0, 0.02, 60, needed_minutes=9).shortage
-    assert LabelEstimate(judged, 1, 2.0, 60).shortage.startswith("judged 50% of the rows")
-    assert not LabelEstimate(judged, 0, 2.0, 60).shortage
+    known = [JudgedRow("train:1", 0.1, 1), JudgedRow("train:2", 0.1, 0.01, "off", 0.1)]
+    assert "2% of its rows, which is too little" in LabelEstimate(known, 0, 0.02, 60, needed_minutes=9).summary
+    assert "--minutes 9" in LabelEstimate(known, 0, 0.02, 60, needed_minutes=9).summary
+    assert "; judged 50% of the rows" in LabelEstimate(known, 2, 2.0, 60).summary
+
+
+def test_an_estimate_says_what_it_found_and_how_well_its_adapters_know_the_task() -> None:
+    known = [JudgedRow("train:1", 0.1, 1), JudgedRow("train:2", 0.1, 0.01, "off", 0.1)]
+    counted = "1 of 2 answers are probably wrong; the adapters would give 1 themselves"
+    assert LabelEstimate(known, 0, 2.0, 60).summary == counted
+    hardly = LabelEstimate(known[1:], 0, 2.0, 60).summary
+    assert "would give 0 themselves; they hardly know the task, so some may be missed" in hardly
 
 
 def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
