@@ -16,7 +16,7 @@ from edgetune_runtime.processes.interrupts import end_in_order, end_on_interrupt
 from edgetune_runtime.processes.streams import flush_output
 from edgetune_runtime.store import service, systemd, versions
 from edgetune_runtime.store.durable import write_for_all
-from edgetune_runtime.store.kit import KIT_NAME, Kit, parse_kit, read_kit
+from edgetune_runtime.store.kit import KIT_NAME, Kit, kit_text, parse_kit, read_kit
 from edgetune_runtime.update import current
 from edgetune_runtime.wording import printable
 
@@ -140,7 +140,7 @@ def _linger_warnings(unit: str) -> list[str]:
 
 def _check(options: argparse.Namespace) -> None:
     path = options.kit or _own_folder()
-    kit = parse_kit((path / KIT_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
+    kit = parse_kit(kit_text(path / KIT_NAME if path.is_dir() else path))
     prefix = options.prefix or versions.default_prefix(kit.name)
     facts = check.examine(prefix)
     problems = list(check.problems(kit, facts, disk_mb=install.mb_to_write(kit, prefix)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk
+from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.update.pieces import FOLDER as PIECES_FOLDER
 from edgetune_runtime.update.pieces import Piece, cut
 from edgetune_runtime.update.release import (
@@ -49,6 +50,8 @@ from .key_folder import OF_ONE_BUNDLE, KeyFolder, missing_keys
 _TARGETS_DAYS = 365
 _PARTS_DAYS = 3650
 """The snapshot says which metadata of an author is the newest, and nobody's update must wait for the author."""
+_TIMESTAMP_NAME = f"{Timestamp.type}.json"
+_MOST_BYTES = 1 << 26
 _OTHER_KEYS = "give the keys of this --repo"
 _RESTORE = "restore the repository from a backup"
 
@@ -111,7 +114,7 @@ class Repository:
         """The contents of a release; VerificationError if the file is missing or damaged."""
         path = self.release_file(target)
         try:
-            data = path.read_bytes()
+            data = contents_of(path)
             target.verify_length_and_hashes(data)
         except (OSError, RepositoryError) as error:
             raise VerificationError(f"{path} is missing or damaged", "restore it from a backup") from error
@@ -289,7 +292,7 @@ class Repository:
         if not published and is_repository(self.folder):
             raise UsageError(f"{self.folder} has no root that {self._keys.folder} knows", _OTHER_KEYS)
         for path in published:
-            if path.read_bytes() != names[path.name].read_bytes():
+            if contents_of(path) != names[path.name].read_bytes():
                 raise UsageError(f"{path} is not the one in {self._keys.folder}", _OTHER_KEYS)
         numbers = [path.name.split(".")[0] for path in self._metadata.glob("*.root.json")]
         newest_number = max((int(number) for number in numbers if number.isdecimal()), default=0)
@@ -298,13 +301,16 @@ class Repository:
             message = f"{self.folder} has root {newest_number}, and {self._keys.folder} only {self._root.version}"
             raise UsageError(message, "copy *.root.json and trusted-keys*.json from whoever has changed the keys")
         newest = max(published, key=lambda path: int(path.name.split(".")[0]), default=None)
-        return None if newest is None else Metadata[Root].from_bytes(newest.read_bytes()).signed
+        return None if newest is None else Metadata[Root].from_bytes(contents_of(newest)).signed
 
     def _load(self) -> None:
         """Read and verify what is published; expired metadata is fine, as it will be signed again."""
         self._roles = {Targets.type: _unwritten(Targets())}
         self._snapshot, self._timestamp = _unwritten(Snapshot()), _unwritten(Timestamp())
         if not is_repository(self.folder):
+            # A publish that was cut off leaves only the first one without a timestamp, a copy that was cut off any.
+            if any(path.name != f"1.{Snapshot.type}.json" for path in self._metadata.glob(f"*.{Snapshot.type}.json")):
+                raise VerificationError(f"{self._metadata / _TIMESTAMP_NAME} is missing", _RESTORE)
             return
         delegator = self._published_root
         assert delegator is not None
@@ -331,7 +337,7 @@ class Repository:
     def _read(self, kind: type[T], name: str, role: str, delegator: Delegator) -> T:
         path = self._metadata / f"{name}.json"
         try:
-            metadata = Metadata[T].from_bytes(path.read_bytes())
+            metadata = Metadata[T].from_bytes(contents_of(path))
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
         except (OSError, RepositoryError, LookupError, ValueError) as error:
             # Signed again without this check, what somebody else has put there would be trusted.
@@ -344,7 +350,16 @@ class Repository:
 
 def is_repository(folder: Path) -> bool:
     """Whether something was published in the folder."""
-    return (folder / METADATA_FOLDER / "timestamp.json").exists()
+    return (folder / METADATA_FOLDER / _TIMESTAMP_NAME).exists()
+
+
+def contents_of(path: Path) -> bytes:
+    """A file of a repository, where others may have put anything; OSError if it is not a regular one.
+
+    Only the beginning of one that is longer than any could be, which has another digest.
+    """
+    with open_regular(path, follows_links=True) as file:
+        return file.read(_MOST_BYTES)
 
 
 def _delegator_of(role: str) -> str:

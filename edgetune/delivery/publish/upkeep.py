@@ -15,7 +15,7 @@ from edgetune_runtime.update.pieces import FOLDER as PIECES_FOLDER
 from edgetune_runtime.update.pieces import cut
 from edgetune_runtime.update.release import BLOBS_FOLDER, OF_PART, TARGETS_FOLDER, Release, parse_release
 
-from .repository import Repository
+from .repository import Repository, contents_of
 
 
 def delete_old(repository: Repository, keep: int) -> int:
@@ -34,8 +34,8 @@ def delete_old(repository: Repository, keep: int) -> int:
     by_channel: dict[tuple[str, str], list[tuple[Path, Release]]] = defaultdict(list)
     for path in targets.glob("*/*.json"):
         # Somebody else may have put a file there, which counts as no release.
-        with suppress(EdgetuneError):
-            release = parse_release(path.read_bytes())
+        with suppress(EdgetuneError, OSError):
+            release = parse_release(contents_of(path))
             by_channel[release.name, release.channel].append((path, release))
     for releases in by_channel.values():
         # One that is for some devices only is there twice.
@@ -52,7 +52,7 @@ def delete_old(repository: Repository, keep: int) -> int:
         for release in kept.values() if isinstance(release, Release)
         for listed in release.pieces.values() for piece in listed
     }  # fmt: skip
-    of_releases = {piece for path in kept for piece, _ in cut(path.read_bytes())}
+    of_releases = {piece for path in kept for piece, _ in cut(contents_of(path))}
     needed |= {pieces / piece.digest for piece in of_files | of_releases}
     return freed + _delete_others([*blobs.glob("*"), *pieces.glob("*")], needed)
 

@@ -108,8 +108,8 @@ def read_kit(folder: Path) -> Kit:
 
     NotFoundError if it is not a kit, VerificationError if either file is damaged or they list different digests.
     """
-    kit = parse_kit(_text(folder / KIT_NAME))
-    listed = _sums(_text(folder / SUMS_NAME))
+    kit = parse_kit(kit_text(folder / KIT_NAME))
+    listed = _sums(kit_text(folder / SUMS_NAME))
     expected = {file.path: file.sha256 for file in kit.files}
     expected[KIT_NAME] = hashlib.sha256(kit.text.encode()).hexdigest()
     wrong = sorted(path for path in expected.keys() | listed.keys() if expected.get(path) != listed.get(path))
@@ -121,7 +121,7 @@ def read_kit(folder: Path) -> Kit:
 def read_installed(version: Path, remedy: str = _INSTALL_AGAIN) -> Kit:
     """The kit that an installed version came from; VerificationError, with `remedy`, if its kit.json is not the one of
     this version."""
-    kit = parse_kit(_text(version / KIT_NAME, remedy), str(version / KIT_NAME), remedy)
+    kit = parse_kit(kit_text(version / KIT_NAME, remedy), str(version / KIT_NAME), remedy)
     if kit.version != version.name:
         raise VerificationError(f"{version / KIT_NAME} is damaged", remedy)
     return kit
@@ -240,7 +240,8 @@ def _sums(text: str) -> dict[str, str]:
     return digests
 
 
-def _text(path: Path, remedy: str = COPY_AGAIN) -> str:
+def kit_text(path: Path, remedy: str = COPY_AGAIN) -> str:
+    """kit.json or SHA256SUMS; errors as of `read_kit`."""
     try:
         with reading(path) as file:
             data = file.read(_MOST_TEXT_BYTES + 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from damage import flip
-from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import INSTALLING_NAME, installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
@@ -428,3 +428,14 @@ def test_check_reports_facts_and_problems(make: KitMaker, tmp_path: Path, capfd:
     assert [item["message"].split()[0] for item in found["problems"]] == ["glibc", "the"]
     assert run("check", "--kit", kit, "--prefix", tmp_path / "none") == 5
     assert not (tmp_path / "none").exists()
+
+
+def test_check_reads_a_kit_json_as_install_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = tmp_path / "kit.json"
+    listed.write_bytes(b"\xff")
+    assert run("check", "--kit", listed) == VerificationError.exit_code
+    assert "is damaged: it is not UTF-8; copy the kit again" in capsys.readouterr().err
+    listed.unlink()
+    os.mkfifo(listed)
+    assert run("check", "--kit", listed) == VerificationError.exit_code
+    assert "is not a regular file" in capsys.readouterr().err

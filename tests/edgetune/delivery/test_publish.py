@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -475,6 +476,27 @@ def test_what_somebody_else_put_into_a_repository_is_not_signed(name: str, publi
     path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":2'))
     with pytest.raises(VerificationError, match="not signed by the keys"):
         publisher("two")
+
+
+def test_a_repository_whose_copy_was_cut_off_is_not_taken_for_a_new_one(publisher: Publisher) -> None:
+    for answer in ("one", "two"):
+        publisher(answer)
+    timestamp = publisher.repo / "metadata/timestamp.json"
+    timestamp.unlink()
+    with pytest.raises(VerificationError, match=r"timestamp\.json is missing; restore the repository from a backup"):
+        publisher("three")
+    assert not timestamp.exists()
+
+
+def test_a_pipe_in_a_repository_is_not_waited_for(publisher: Publisher) -> None:
+    publisher("one")
+    os.mkfifo(publisher.repo / "targets/home/x.json")
+    publisher("two", keep=1)
+    path = publisher.repo / "metadata/2.snapshot.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(VerificationError, match=r"2\.snapshot\.json is not a regular file"):
+        publisher("three")
 
 
 def test_the_keys_of_another_repository_are_refused(publisher: Publisher, tmp_path: Path) -> None:
