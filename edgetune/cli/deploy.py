@@ -102,7 +102,7 @@ def deploy(
         raise UsageError("give one board, or several with --inventory", "see edgetune deploy --help")
     if goes_back and lists:
         raise UsageError("--rollback and --list are given together", "give one of them")
-    if prefix is not None and not prefix.startswith("/"):
+    if prefix is not None and not (prefix.startswith("/") and prefix.isprintable()):
         raise UsageError(f"--prefix {prefix!r} is not an absolute path", "write for example /opt/edgetune/home")
     installing = {
         **{"--wait-healthy": wait_healthy, "--service": service, "--listen": listen, "--port": port},

@@ -24,7 +24,7 @@ name={name}
 prefix={prefix}
 test -n "$prefix" || if test "$(id -u)" = 0; then prefix={root}/$name; else
     prefix=${{XDG_DATA_HOME:-$HOME/{user}}}/edgetune/$name; fi
-echo "prefix=$prefix"
+printf 'prefix=%s\\n' "$prefix"
 echo "machine=$(uname -m)"
 echo "bits=$(getconf LONG_BIT)"
 echo "memory=$(grep MemTotal: /proc/meminfo)"

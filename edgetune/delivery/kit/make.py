@@ -23,6 +23,7 @@ from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import (
     BUNDLE_FOLDER,
     KIT_NAME,
+    PLAIN_NAME,
     PROGRAM_NAME,
     SCHEMA_VERSION,
     SUMS_NAME,
@@ -105,11 +106,13 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
     not run there, or if there are no wheels for its Python, VerificationError if a file of the bundle is damaged or an
     adapter answers differently with `options.opening`, UnreachableError if wheels cannot be downloaded.
     """
+    manifest, opening = read_manifest(bundle), options.opening
+    if not PLAIN_NAME.fullmatch(manifest.name):
+        raise UsageError(f"the bundle's name is {manifest.name!r}", "use up to 200 letters, digits, dots, - and _")
     facts = boards.find(board)
     target = target_python(facts, options.python)
     if options.wheel is not None:
         require_llama_wheel(options.wheel, target)
-    manifest, opening = read_manifest(bundle), options.opening
     engine = _engine(manifest, options.engine)
     needed_mb, kept_mb = _memory_mb(bundle, manifest, engine, facts, opening=opening, device=board)
     limit_mb = min(math.ceil(needed_mb * _HEADROOM), int(facts.free_mb))

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _NEVER_IMPORTED = {
     "onnxruntime": {"flatbuffers", "packaging", "protobuf"},
     "tokenizers": {"huggingface-hub"},
 }
+_DAMAGED = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises at archives, also at parts that seem to be encrypted or compressed in another way."""
 _IN_USE_S = 86_400
 """Seconds after which nobody copies a wheel any more that was collected."""
 _NO_MATCH = "No matching distribution found for "
@@ -77,7 +80,7 @@ def read_wheel(path: Path) -> Wheel:
         with zipfile.ZipFile(path) as archive:
             (name,) = (item for item in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", item))
             return Wheel(path, message_from_bytes(archive.read(name)))
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise VerificationError(f"{path} is not a wheel: {error}", "download or build it again") from error
 
 
@@ -169,7 +172,7 @@ def _cached(requirement: Requirement, cache: Path) -> Wheel | None:
     """The wheel in the cache that meets a requirement, used from now on; None if there is none, or if it is damaged."""
     for path in sorted(cache.glob("*.whl"), reverse=True):
         if _project(path) == canonicalize_name(requirement.name):
-            with suppress(VerificationError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            with suppress(VerificationError, *_DAMAGED), zipfile.ZipFile(path) as archive:
                 wheel = read_wheel(path)
                 if wheel.meets(requirement) and archive.testzip() is None:
                     path.touch()

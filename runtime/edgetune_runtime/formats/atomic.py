@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,8 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     with raising_out_of_space(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}{TEMPORARY}{os.getpid()}-{threading.get_native_id()}")
+    # In a folder that others may write to, they could put a link at a name that can be known.
+    temporary = out.with_name(f".{out.name}{TEMPORARY}{secrets.token_hex(8)}")
     try:
         with raising_out_of_space(out):
             yield temporary

@@ -19,13 +19,15 @@ _WAIT_S, _PAUSE_S = 60.0, 0.1
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
     """Replace a file atomically, on disk when this returns, unless it has this text; returns whether it was written."""
-    if path.is_file() and path.read_bytes() == text.encode():
+    data = text.encode()
+    # Somebody else may have put a larger file there.
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return False
     with replacing(path) as temporary:
         # Never readable for more users than the mode says.
         temporary.touch(mode=mode)
         temporary.chmod(mode)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
     flush_to_disk(path.parent)
     return True
 

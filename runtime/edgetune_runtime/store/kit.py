@@ -31,7 +31,7 @@ ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 COPY_AGAIN = "copy the kit again"
 _INSTALL_AGAIN = "install the kit again"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
 # Without control characters, of which a terminal or a unit's file would make something else.
 _LINE = re.compile(r"[^\0-\x1f\x7f-\x9f\u2028\u2029]{1,200}")
@@ -160,7 +160,7 @@ def parse_kit(text: str, where: str = KIT_NAME, remedy: str = COPY_AGAIN) -> Kit
             message = f"{where} has schema {schema}, this program reads {SCHEMA_VERSION}"
             raise VerificationError(message, "make the kit again")
         kit = Kit(
-            name=_text_of(raw, "name", _NAME),
+            name=_text_of(raw, "name", PLAIN_NAME),
             board=_text_of(raw, "board", _LINE),
             machine=_text_of(raw, "machine", WORD),
             python=_text_of(raw, "python", _VERSION),
@@ -210,7 +210,7 @@ def _file(raw: Mapping[str, Any]) -> KitFile:
     path = _field(raw, "path", str)
     if path.startswith(f"{BUNDLE_FOLDER}/"):
         bundle_path(path.removeprefix(f"{BUNDLE_FOLDER}/"))
-    elif not (_WHEEL.fullmatch(path) or _NAME.fullmatch(path)) or path in (KIT_NAME, SUMS_NAME):
+    elif not (_WHEEL.fullmatch(path) or PLAIN_NAME.fullmatch(path)) or path in (KIT_NAME, SUMS_NAME):
         raise ValueError(f"it names {path[:80]!r}, which is outside the kit, or no file of one")
     return KitFile(path, _text_of(raw, "sha256", DIGEST), whole(raw.get("bytes"), MOST_BYTES, "bytes"))
 

@@ -24,6 +24,7 @@ NOWHERE = "oci://127.0.0.1:9/home:v1"
         (["publish", *PUBLISH, "--adapter", "reply"], "--adapter does nothing without a bundle"),
         (["deploy", "home", "pi@host", "--rollback", "--service", "home"], "--service does nothing with --rollback"),
         (["deploy", "home", "pi@host", "--list", "--cache-mb", "8"], "--cache-mb does nothing with --list"),
+        (["deploy", "home", "pi@host", "--prefix", "/opt/x\ny"], r"--prefix '/opt/x\ny' is not an absolute path"),
         (["push", "home", NOWHERE, "--channel", "beta"], "--channel does nothing without --repo"),
         (["pull", NOWHERE, "--out", "out", "--channel", "beta"], "--channel does nothing without --root"),
     ],

@@ -136,6 +136,13 @@ def test_a_bundle_that_is_not_installed_cannot_be_listed(board: Board) -> None:
         list_versions(board.target, board.where)
 
 
+def test_a_prefix_is_taken_as_it_is_written(board: Board) -> None:
+    prefix = f"{board.prefix}\\\\n"
+    with pytest.raises(NotFoundError) as caught:
+        list_versions(board.target, Where("home", prefix))
+    assert f"is not installed in {prefix};" in str(caught.value)
+
+
 def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
     data = os.urandom(3_000_000)

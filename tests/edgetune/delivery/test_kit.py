@@ -460,6 +460,27 @@ def test_downloaded_wheels_are_kept_and_damaged_ones_are_downloaded_again(
     assert collected() == first
 
 
+def test_a_wheel_with_a_flipped_bit_anywhere_is_taken_for_none(tmp_path: Path) -> None:
+    own, cache = repack("edgetune-runtime", tmp_path, "py3-none-any"), tmp_path / "cache"
+    cache.mkdir()
+    requirement = Requirement("edgetune-runtime")
+    for part in range(100):
+        damaged = Path(shutil.copy(own, cache))
+        flip(damaged, part / 100)
+        found = wheels._cached(requirement, cache)
+        assert found is None or found.path == damaged
+
+
+def test_a_bundle_whose_name_no_kit_can_have_is_refused_before_any_work(
+    home: Path, wheelhouse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(home, tmp_path / "home"))
+    shutil.rmtree(copy / "authors")
+    change_manifest(copy, lambda manifest: manifest.update(name="my house"))
+    assert make(copy, tmp_path / "kit", wheelhouse) == UsageError.exit_code
+    assert "the bundle's name is 'my house'; use up to 200 letters" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("_offline")
 def test_kits_that_are_made_at_once_share_downloads_and_delete_no_wheels_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,16 @@ for number in range(500):
 """
 
 
+def test_nobody_can_put_a_link_at_the_name_of_a_temporary_file(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(2):
+        with replacing(tmp_path / "out") as temporary:
+            assert not temporary.exists()
+            names.add(temporary.name)
+            temporary.touch()
+    assert len(names) == 2
+
+
 def test_a_folder_replaces_another_and_leaves_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for text in ("one", "two"):

@@ -65,6 +65,10 @@ def test_a_device_reports_to_a_folder_only_if_its_user_says_so(
     out = capsys.readouterr().out
     assert f"{found.device} has release 1: " in out
     assert path.stat().st_size < LONGEST_REPORT
+    # Another device may put anything there.
+    os.truncate(path, 1 << 43)
+    assert update(prefix) == VerificationError.exit_code
+    assert path.stat().st_size < LONGEST_REPORT
     folder.rename(publisher.repo / "away")
     update(prefix)
     assert f"the report was not sent: there is no folder {folder}; mount it" in capsys.readouterr().err
