@@ -42,3 +42,17 @@ class AnswerRequest:
     route: Route | None = None
     arrived: float = field(default_factory=lambda: ARRIVED.get(time.monotonic()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class ClassifyRequest:
+    """A request for the label of each of `texts`, with the options of `Runtime.classify`.
+
+    `model` is the name that the client used, and `id` that of the reply, and of its labels in a log.
+    """
+
+    model: str
+    adapters: Adapters
+    texts: Sequence[str]
+    options: dict[str, Any]
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.bundle import ASK
@@ -19,12 +19,13 @@ from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.scoring import Classification
 from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.calls import answer_text
 
 from .answer_queue import AnswerQueue
-from .answer_request import ARRIVED, CLIENT, AnswerRequest
+from .answer_request import ARRIVED, CLIENT, AnswerRequest, ClassifyRequest
 from .daemon_threads import DaemonThreads
 from .good_answers import GoodAnswers
 from .metrics import Metrics
@@ -33,9 +34,11 @@ from .problems import RequestError
 from .rewriting import Rewriter
 from .settings import Access, ServerLimits
 
+T = TypeVar("T")
+
 _LOG = logging.getLogger(__name__)
 _MAX_TEXTS = 2048
-"""Texts in one request for embeddings, as in OpenAI's API."""
+"""Texts in one request for embeddings, as in OpenAI's API, and for labels."""
 _LOG_THREADS = 4
 _MAX_WAITING_FOR_LOG = 64
 """Answers and corrections that wait to be logged; redaction may take seconds for each."""
@@ -106,11 +109,7 @@ class Answering:
                         index += 1
         finally:
             # Without the place, as redaction may take seconds; before the reply ends, so that it can be corrected then.
-            for log in logs:
-                try:
-                    await self.log_threads.call(log)
-                except BusyError as error:
-                    _LOG.warning("did not log an answer: %s", error)
+            await self._write_logs(logs)
         if end is not None:
             yield end
 
@@ -125,18 +124,22 @@ class Answering:
         Raises UsageError for a bundle without an encoder, RequestError for too many texts and if they take too long,
         and BusyError for too long a queue and a server that stops.
         """
-        if len(texts) > _MAX_TEXTS:
-            remedy = f"send at most {_MAX_TEXTS} per request"
-            raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
-        limit_s, vectors, tokens = self.limits.request_s, list[list[float]](), 0
-        async with self._place(ARRIVED.get(time.monotonic())) as end_s:
-            for text in texts:
-                self._check(end_s, f"{len(vectors)} of {len(texts)} texts were embedded within {limit_s:g} s")
-                embedding = await self.runtime.embed(text)
-                vectors.append(_normalized(embedding.vector))
-                tokens += embedding.tokens
-        await self.good_answers.add()
-        return vectors, tokens
+        found = await self._each(texts, self.runtime.embed, "embedded")
+        return [_normalized(each.vector) for each in found], sum(each.tokens for each in found)
+
+    async def labels(self, request: ClassifyRequest) -> list[Classification]:
+        """The label of each text; the errors of `Runtime.classify`, and those of `embeddings` for many texts."""
+        classify = partial(self.runtime.classify, adapter=request.adapters, **request.options)
+        found, logs = await self._each(request.texts, classify, "classified"), list[Callable[[], object]]()
+        for index, (text, one) in enumerate(zip(request.texts, found, strict=True)):
+            adapters = request.adapters if one.route is None else one.route.adapter
+            self.metrics.count_sureness(adapters, one)
+            name = adapter_name(adapters)
+            if self.log is not None and name is not None:
+                about = partial(self.log.answered, text, one.label, adapter=name, confidence=one.confidence)
+                logs.append(partial(about, answer_id=answer_id(request.id, index)))
+        await self._write_logs(logs)
+        return found
 
     async def warm(self) -> None:
         """Compute the missing states of all fixed prompts, until the server stops; `is_warming` is set meanwhile."""
@@ -231,6 +234,26 @@ class Answering:
             if answer.content:
                 yield Piece(index, answer.content)
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
+
+    async def _each(self, texts: Sequence[str], call: Callable[[str], Awaitable[T]], done: str) -> list[T]:
+        """What `call` gives for each text; RequestError for too many texts and if they take too long."""
+        if len(texts) > _MAX_TEXTS:
+            remedy = f"send at most {_MAX_TEXTS} per request"
+            raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
+        limit_s, found = self.limits.request_s, list[T]()
+        async with self._place(ARRIVED.get(time.monotonic())) as end_s:
+            for text in texts:
+                self._check(end_s, f"{len(found)} of {len(texts)} texts were {done} within {limit_s:g} s")
+                found.append(await call(text))
+        await self.good_answers.add()
+        return found
+
+    async def _write_logs(self, logs: Iterable[Callable[[], object]]) -> None:
+        for log in logs:
+            try:
+                await self.log_threads.call(log)
+            except BusyError as error:
+                _LOG.warning("did not log an answer: %s", error)
 
     def _logs(
         self, request: AnswerRequest, prompt: Prompt, answer: Answer, index: int

@@ -103,6 +103,7 @@ class _OpenAI(_Api):
             Route("/v1/completions", self._answers(openai_requests.completion_request, text), methods=["POST"]),
             Route("/v1/responses", self._answers(responses_request, ResponsesReply), methods=["POST"]),
             Route("/v1/embeddings", self._embed, methods=["POST"]),
+            Route("/v1/classify", self._classify, methods=["POST"]),
         ]
 
     async def _list(self, _: Request) -> Response:
@@ -116,6 +117,11 @@ class _OpenAI(_Api):
         model, texts, as_base64 = await self._read(request, openai_requests.embedding_request)
         vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
         return json_response(openai_answers.embedding_list(model, vectors, tokens, as_base64=as_base64))
+
+    async def _classify(self, request: Request) -> Response:
+        asked = await self._read(request, openai_requests.classify_request)
+        found = await until_disconnect(request.receive, self._answering.labels(asked))
+        return json_response(openai_answers.label_list(asked, found), headers=openai_answers.sureness_headers(found))
 
 
 class _Ollama(_Api):

@@ -13,12 +13,12 @@ from starlette.routing import Route
 from .answering import Answering, answer_id
 from .connection import BodyReader
 from .fields import Fields
-from .openai_answers import ChatShape, CompletionShape
+from .openai_answers import LABEL_PREFIX, ChatShape, CompletionShape
 from .problems import RequestError, json_response
 from .responses_answers import MESSAGE_PREFIX, RESPONSE_PREFIX
 
 PATH = "/edgetune/corrections"
-_PREFIXES = (ChatShape.prefix, CompletionShape.prefix, RESPONSE_PREFIX, MESSAGE_PREFIX)
+_PREFIXES = (ChatShape.prefix, CompletionShape.prefix, RESPONSE_PREFIX, MESSAGE_PREFIX, LABEL_PREFIX)
 _MEMBERS = ("id", "index", "correction", "is_wrong")
 
 

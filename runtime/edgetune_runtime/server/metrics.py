@@ -17,6 +17,7 @@ from prometheus_client import (
 
 from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.answer import Answer
+from edgetune_runtime.inference.scoring import Classification
 
 from .answer_queue import AnswerQueue
 
@@ -88,10 +89,15 @@ class Metrics:
         self._accepted_tokens.labels(label).inc(timings.accepted)
         self._forced_tokens.labels(label).inc(timings.forced)
         self._switch.labels(label).observe(timings.switch_us / 1e6)
+        self.count_sureness(adapters, answer)
+        (self._hits if timings.reused_tokens else self._misses).labels(label).inc()
+
+    def count_sureness(self, adapters: Adapters, answer: Answer | Classification) -> None:
+        """Count how sure an answer or a label is."""
+        label = self._label(adapters)
         if answer.confidence is not None:
             self._confidence.labels(label).observe(answer.confidence)
         self._unsure.labels(label).inc(answer.is_unsure)
-        (self._hits if timings.reused_tokens else self._misses).labels(label).inc()
 
     def text(self) -> bytes:
         """All figures now."""

@@ -55,15 +55,14 @@ class Models:
         route: Callable[[Prompt], Route] | None = None,
     ) -> None:
         self._route, router = route, manifest.router
-        self._routes = route is not None and router is not None and GENERATE in router.calls
         self.manifest, self.engine, self._rewriters = manifest, engine, frozenset(rewriters)
-        taken = (manifest.name, *manifest.adapters, *([AUTO] if self._routes else []))
+        taken = (manifest.name, *manifest.adapters, *([AUTO] if self._routes() else []))
         self.hidden = [name for name in rewriters if name in taken or rewriters.count(name) > 1]
         base = None if manifest.name in manifest.adapters else manifest.name
         files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
         infos = [] if base is None else [self._info("base", base, manifest.base.files[engine])]
         infos += [self._info("adapter", name, file) for name, file in files.items() if file is not None]
-        infos += [self._info("router", AUTO, router.file)] if router is not None and self._routes else []
+        infos += [self._info("router", AUTO, router.file)] if router is not None and self._routes() else []
         infos += [self._info("rewriter", name, manifest.base.files[engine]) for name in rewriters]
         self.listed: Mapping[str, ModelInfo] = {info.name: info for info in infos}
 
@@ -97,18 +96,18 @@ class Models:
         name = fields.needed_text("model")
         chosen = self.adapters(name)
         if fields.values.get("adapters") is None:
-            return self._routed(prompts) if chosen == AUTO and self._routes else (name, chosen, None)
+            return self._routed(prompts) if chosen == AUTO and self._routes() else (name, chosen, None)
         if chosen is not None:
             message = f"adapters are given, and model {name!r} is an adapter"
             raise RequestError(message, f"give model {self.manifest.name!r}, or no adapters", param="adapters")
         return name, self._listed(fields), None
 
-    def adapters(self, name: str) -> Adapters:
-        """The adapters of a model name; RequestError (404) if there is no such model."""
+    def adapters(self, name: str, call: str = GENERATE) -> Adapters:
+        """The adapters of a model name; RequestError (404) if there is no such model for this kind of call."""
         plain_name = base_name(name)
         if plain_name in self._rewriters:
             return None
-        if plain_name in self.manifest.adapters or (plain_name == AUTO and self._routes):
+        if plain_name in self.manifest.adapters or (plain_name == AUTO and self._routes(call)):
             return plain_name
         if plain_name == self.manifest.name:
             return None
@@ -119,6 +118,11 @@ class Models:
                 raise self._unknown(name)
             scales[adapter] = self._scale(scale, name) if colon else self.manifest.adapters[adapter].scale
         return scales
+
+    def _routes(self, call: str = GENERATE) -> bool:
+        """Whether the bundle's router chooses the adapter of such calls."""
+        router = self.manifest.router
+        return self._route is not None and router is not None and call in router.calls
 
     def _routed(self, prompts: Sequence[Prompt]) -> tuple[str, Adapters, Route | None]:
         if not prompts:

@@ -16,9 +16,10 @@ from urllib.parse import quote
 from edgetune_runtime.bundle import MARK
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.inference.answer import Answer
+from edgetune_runtime.inference.scoring import Classification
 from edgetune_runtime.tools.calls import ToolCall
 
-from .answer_request import AnswerRequest
+from .answer_request import AnswerRequest, ClassifyRequest
 from .answering import Answering, Piece
 from .models import ModelInfo, Models
 from .openai_requests import OpenAIRequest
@@ -26,6 +27,8 @@ from .streaming import EVENTS, event
 
 CONFIDENCE, UNSURE = "X-Edgetune-Confidence", "X-Edgetune-Unsure"
 """The headers of `sureness_headers`."""
+LABEL_PREFIX = "classify-"
+"""Of the id of a reply to /v1/classify."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +183,11 @@ def sureness_of(answer: Answer) -> dict[str, Any]:
     return {"confidence": rounded, "is_unsure": answer.is_unsure, "instead": answer.instead}
 
 
-def sureness_headers(answers: Sequence[Answer]) -> dict[str, str]:
+def sureness_headers(answers: Sequence[Answer] | Sequence[Classification]) -> dict[str, str]:
     """The lowest confidence of a reply's answers, and what answered in place of the first unsure one, or `mark`."""
     confidences = [answer.confidence for answer in answers if answer.confidence is not None]
-    unsure = [answer.instead or MARK for answer in answers if answer.is_unsure]
+    instead = (answer.instead if isinstance(answer, Answer) else None for answer in answers if answer.is_unsure)
+    unsure = [name or MARK for name in instead]
     headers = {CONFIDENCE: f"{min(confidences):.4f}"} if confidences else {}
     return headers | ({UNSURE: quote(unsure[0])} if unsure else {})
 
@@ -215,6 +219,27 @@ def embedding_list(model: str, vectors: Sequence[Sequence[float]], tokens: int, 
         "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+
+
+def label_list(request: ClassifyRequest, found: Sequence[Classification]) -> dict[str, Any]:
+    """The reply to /v1/classify."""
+    data = [
+        {
+            "index": index,
+            "label": one.label,
+            "confidence": one.confidence,
+            "is_unsure": one.is_unsure,
+            "is_out_of_scope": one.is_out_of_scope,
+            "probabilities": one.probabilities,
+            "unseen": one.unseen,
+            **({} if one.route is None else {"route": asdict(one.route)}),
+        }
+        for index, one in enumerate(found)
+    ]
+    created = int(time.time())
+    return {
+        "id": f"{LABEL_PREFIX}{request.id}", "object": "list", "created": created, "model": request.model, "data": data
+    }  # fmt: skip
 
 
 def finish_reason(answer: Answer) -> str:

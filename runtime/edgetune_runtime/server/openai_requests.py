@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .answer_request import AnswerRequest
+from edgetune_runtime.bundle import CLASSIFY
+
+from .answer_request import AnswerRequest, ClassifyRequest
 from .common_fields import (
     ANY_OBJECT,
     logprob_options,
@@ -75,6 +77,20 @@ def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, lis
         fields.refuse("input", "a string or a list of strings")
     # OpenAI's own client asks for base64.
     return model, texts, fields.choice("encoding_format", ("float", "base64")) == "base64"
+
+
+def classify_request(body: Mapping[str, Any], models: Models) -> ClassifyRequest:
+    """A body of /v1/classify, with the members of vLLM's API, and options of `Runtime.classify`.
+
+    The labels are the adapter's: how long those of a client would take is not bounded.
+    """
+    fields = Fields(body)
+    fields.forbid({"labels": []})
+    model, texts = fields.needed_text("model"), fields.texts("input")
+    if not texts:
+        fields.refuse("input", "a string or a list of strings")
+    options = {"exact": fields.flag("exact"), "min_confidence": fields.number("min_confidence")}
+    return ClassifyRequest(model, models.adapters(model, CLASSIFY), texts, options)
 
 
 def _request(
