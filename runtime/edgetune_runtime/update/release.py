@@ -159,7 +159,7 @@ def parse_release(data: bytes) -> Release:
             files=files,
             formats=tuple(matching(WORD, name, "formats") for name in raw["formats"]),
             manifest_schema=whole(raw["manifest_schema"], MOST_VERSION, "manifest_schema"),
-            min_runtime=raw["min_runtime"] and matching(RUNTIME_VERSION, raw["min_runtime"], "min_runtime"),
+            min_runtime=_min_runtime(raw["min_runtime"]),
             share=_share(raw["share"]),
             older=tuple(whole(version, MOST_VERSION, "older") for version in raw["older"][:MOST_OLDER]),
             pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in raw["pieces"].items()},
@@ -177,6 +177,10 @@ def parse_release(data: bytes) -> Release:
 def file_entry(raw: Mapping[str, Any]) -> FileEntry:
     """The digest and size in a record; ValueError for impossible ones."""
     return FileEntry(matching(DIGEST, raw["sha256"], "sha256"), whole(raw["bytes"], MOST_BYTES, "bytes"))
+
+
+def _min_runtime(value: object) -> str:
+    return "" if value == "" else matching(RUNTIME_VERSION, value, "min_runtime")
 
 
 def _share(value: object) -> float:

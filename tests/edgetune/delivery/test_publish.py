@@ -488,6 +488,14 @@ def test_a_repository_whose_copy_was_cut_off_is_not_taken_for_a_new_one(publishe
     assert not timestamp.exists()
 
 
+def test_what_killed_publishes_have_left_is_deleted(publisher: Publisher) -> None:
+    publisher("one")
+    left = publisher.repo / "blobs" / ".12ba.tmp-34cd"
+    left.write_text("half of a file")
+    publisher("two")
+    assert not left.exists()
+
+
 def test_a_pipe_in_a_repository_is_not_waited_for(publisher: Publisher) -> None:
     publisher("one")
     os.mkfifo(publisher.repo / "targets/home/x.json")

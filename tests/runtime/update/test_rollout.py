@@ -81,6 +81,14 @@ def test_an_older_release_of_another_version_than_its_path_is_refused(
         trusted.release("home", "stable", 1)
 
 
+@pytest.mark.parametrize("value", [None, False, 0, [], {}])
+def test_a_release_for_no_runtime_that_there_is_is_damaged(value: object, publisher: Publisher) -> None:
+    raw = json.loads(publisher("one").release.to_json())
+    raw["min_runtime"] = value
+    with pytest.raises(VerificationError, match="the release is damaged: min_runtime is"):
+        parse_release(json.dumps(raw).encode())
+
+
 def test_a_staged_release_reaches_a_device_when_it_is_published_for_more(
     prefix: Path, publisher: Publisher, machine_id: Path
 ) -> None:
