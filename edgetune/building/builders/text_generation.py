@@ -42,12 +42,8 @@ from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import (
     BundleSpec,
-    ExportedFormat,
-    Figures,
-    ParityReport,
     Prepared,
     PreparedAdapter,
-    TrainedAdapter,
 )
 from edgetune.shipping.verify import compare_formats, verify
 from edgetune.tasks.data import TaskRow
@@ -149,22 +145,8 @@ class TextGeneration(Builder[Base]):
             domain=base.domain,
         )
 
-    def verify(
-        self,
-        base: Base,
-        model: PreTrainedModel,
-        adapters: Sequence[TrainedAdapter],
-        exports: Sequence[ExportedFormat],
-        progress: Progress,
-    ) -> ParityReport:
-        """Compare logits after every token, greedy answers and tokenizers."""
-        return verify(base, model, adapters, exports, progress)
-
-    def compare_formats(
-        self, adapters: Sequence[TrainedAdapter], exports: Sequence[ExportedFormat], progress: Progress
-    ) -> Mapping[str, Figures]:
-        """Parity of the first format's base with that of each other format."""
-        return compare_formats(adapters, exports, progress)
+    verify = staticmethod(verify)
+    compare_formats = staticmethod(compare_formats)
 
 
 def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, progress: Progress) -> PreparedAdapter:
