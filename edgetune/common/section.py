@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
+from edgetune_runtime.text.json_text import leaves
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
@@ -19,7 +20,7 @@ class Section(BaseModel):
     def _no_booleans_as_numbers(cls, value: object, info: ValidationInfo) -> object:
         types = set(_types_in(cls.model_fields[str(info.field_name)].annotation))
         if types & {int, float} and bool not in types:
-            for boolean in _booleans_in(value):
+            for boolean in (leaf for leaf in leaves(value) if isinstance(leaf, bool)):
                 said = "is neither a text nor a number; put it in quotes" if str in types else "is not a number"
                 raise ValueError(f"{str(boolean).lower()} {said}")
         return value
@@ -31,11 +32,3 @@ def _types_in(annotation: Any) -> Iterator[object]:  # noqa: ANN401 - a type or 
     arguments = get_args(annotation)
     for argument in arguments[1:] if get_origin(annotation) is dict else arguments:
         yield from _types_in(argument)
-
-
-def _booleans_in(value: object) -> Iterator[bool]:
-    """The booleans in a value of JSON."""
-    if isinstance(value, bool):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from _booleans_in(inner)

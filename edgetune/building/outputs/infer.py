@@ -17,7 +17,7 @@ from typing import Any
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.decoding.prompt_texts import FROM_PROMPT, texts_in
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.text.json_text import is_deeper, json_or_none
+from edgetune_runtime.text.json_text import is_deeper, json_or_none, leaves
 from edgetune_runtime.tools.formats import SEPARATORS
 from edgetune_runtime.wording import shortened
 
@@ -242,7 +242,4 @@ def unsaid_strings(row: TaskRow) -> set[str]:
 
 
 def _strings(value: object) -> set[str]:
-    if isinstance(value, str):
-        return {value}
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return set().union(*map(_strings, parts))
+    return {leaf for leaf in leaves(value) if isinstance(leaf, str)}

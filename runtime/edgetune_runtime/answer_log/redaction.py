@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.processes.child_process import has_python, run
-from edgetune_runtime.text.json_text import is_deeper, json_or_none
+from edgetune_runtime.text.json_text import is_deeper, json_or_none, leaves
 
 REDACTED = "[redacted]"
 MAX_S = 5.0
@@ -54,8 +54,8 @@ class Redaction:
 
     def _clean_values(self, values: Sequence[Any], found: Mapping[str, str]) -> list[Any]:
         """The values with what was found in their texts, and in those of texts that are JSON."""
-        leaves = [str(leaf) for leaf in _leaves(values)]
-        cleaned = {leaf: found[leaf] for leaf in leaves}
+        texts = [str(leaf) for leaf in _searched(values)]
+        cleaned = {leaf: found[leaf] for leaf in texts}
         decoded = {leaf: value for leaf in cleaned if (value := _decoded(leaf)) is not None}
         for leaf in [leaf for leaf, value in decoded.items() if is_deeper(value, _MAX_DEPTH)]:
             cleaned[leaf] = REDACTED
@@ -68,8 +68,8 @@ class Redaction:
                 # Expressions may look at what is around a value, and at its form, which is another one now.
                 is_less = text.count(REDACTED) < cleaned[leaf].count(REDACTED)
                 cleaned[leaf] = REDACTED if is_less else text
-        texts = iter([cleaned[leaf] for leaf in leaves])
-        return [_replaced(value, texts) for value in values]
+        replacements = iter([cleaned[leaf] for leaf in texts])
+        return [_replaced(value, replacements) for value in values]
 
     def _cleaned(self, texts: Sequence[str]) -> list[str]:
         # Python's expressions may backtrack for years and hold the interpreter meanwhile, so that no thread could stop
@@ -90,7 +90,7 @@ class Redaction:
 
 def _texts(values: Sequence[Any]) -> Iterator[str]:
     """The texts and numbers in JSON values, and those in texts that are JSON."""
-    for leaf in map(str, _leaves(values)):
+    for leaf in map(str, _searched(values)):
         yield leaf
         inner = _decoded(leaf)
         if inner is not None and not is_deeper(inner, _MAX_DEPTH):
@@ -109,13 +109,9 @@ def _written_as(text: str, own: object, value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":") if is_compact else None)
 
 
-def _leaves(value: Any) -> Iterator[str | float]:  # noqa: ANN401 - any JSON value
+def _searched(value: Any) -> Iterator[str | float]:  # noqa: ANN401 - any JSON value
     """The texts and numbers in a JSON value."""
-    if isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield value
+    return (leaf for leaf in leaves(value) if isinstance(leaf, str | int | float) and not isinstance(leaf, bool))
 
 
 def _replaced(value: Any, texts: Iterator[str]) -> Any:  # noqa: ANN401 - any JSON value
@@ -124,7 +120,7 @@ def _replaced(value: Any, texts: Iterator[str]) -> Any:  # noqa: ANN401 - any JS
         return {key: _replaced(inner, texts) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_replaced(inner, texts) for inner in value]
-    if next(_leaves(value), None) is None:
+    if next(_searched(value), None) is None:
         return value
     text = next(texts)
     return value if text == str(value) else text

@@ -10,13 +10,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
 from edgetune_runtime.bundle import ConfidenceCurve
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.engines.base import Logits
+from edgetune_runtime.text.json_text import leaves
 
 VALUE, CHOICE, LABEL, NOTHING, QUESTION = "value", "choice", "label", "nothing", "question"
 """The kinds of answers: data or text, one of the given texts, the label of `classify`, nothing to do, a question.
@@ -84,12 +84,6 @@ def _bounded(log_odds: float) -> float:
 
 def _is_empty(text: str) -> bool:
     try:
-        return text == "" or _has_no_value(json.loads(text))
+        return text == "" or all(leaf is None or leaf == "" for leaf in leaves(json.loads(text)))
     except (ValueError, RecursionError):
         return False
-
-
-def _has_no_value(value: Any) -> bool:  # noqa: ANN401 - JSON
-    if isinstance(value, dict | list):
-        return all(map(_has_no_value, value.values() if isinstance(value, dict) else value))
-    return value is None or value == ""

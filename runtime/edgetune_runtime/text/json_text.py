@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -26,6 +27,15 @@ def is_deeper(value: Any, levels: int) -> bool:  # noqa: ANN401 - any JSON value
         within = (outer.values() if type(outer) is dict else outer for outer in containers)
         containers = [each for inner in within for each in inner if type(each) in _CONTAINERS]
     return bool(containers)
+
+
+def leaves(value: Any) -> Iterator[Any]:  # noqa: ANN401 - any JSON value
+    """The texts, numbers, true, false and null in a JSON value, whose lists may be tuples, in order."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from leaves(inner)
+    else:
+        yield value
 
 
 def json_or_none(text: str) -> Any:  # noqa: ANN401 - any JSON value
