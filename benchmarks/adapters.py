@@ -10,7 +10,7 @@ SmolLM2-135M take 8 GB for GGUF and 12 GB for ONNX.
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result, work_folder
 from benchmarks.harness.machine import said_of_machine
 from benchmarks.harness.plots import subplots
 from benchmarks.harness.prompts import words
@@ -46,7 +46,6 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.threads.machine import resident_mb
 
-ENGINES = ("gguf", "onnx")
 FEW = 4
 PROMPTS = [words(count) for count in (5, 8, 13, 21)]
 TOKENS = 8

@@ -10,7 +10,7 @@ fitted on other rows than the adapters and the test; with few rows on answers of
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result, work_folder
 from benchmarks.harness.ranking import auroc
 from benchmarks.harness.tables import markdown
 
@@ -26,6 +26,7 @@ import yaml
 from edgetune_runtime import Runtime
 from edgetune_runtime.inference.confidence import log_chance
 
+import edgetune
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.confidence import bins_of, calibration_error, error_if_exact
@@ -44,7 +45,6 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 EXAMPLES = ("command", "intent")
 STRENGTHS = ("weak", "good", "few")
-ENGINES = ("gguf", "onnx")
 _REPEATS = 200
 
 
@@ -72,12 +72,10 @@ def main() -> None:
 
 def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Result]:
     """Build a bundle of one adapter, and ask each of its engines the test rows."""
-    from edgetune.building.pipeline import build  # after the options, as it takes seconds
-
     folder = EXAMPLE if task in EXAMPLES else options.data / task
     recipe = recipe_of(task, folder, strength, options, out)
     if not out.exists():
-        build(recipe, out, progress=Progress())
+        edgetune.build(recipe, out)
     spec, lines = recipe.adapters[task], []
     rows = read_rows(str(out.with_name(f"{out.name}-test.jsonl")), spec.data.columns)
     for engine in ENGINES:

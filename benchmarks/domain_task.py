@@ -18,10 +18,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import edgetune
 from benchmarks.few_rows_setups import TASKS, adapter_of, rows_of
-from edgetune.common.progress import Progress
-from edgetune.recipe.model import Recipe
-from edgetune.tasks.evaluation import evaluate
 
 TASK = TASKS["viggo"]
 BASES = ("plain", "continued")
@@ -44,8 +42,6 @@ def main() -> None:
 
 def scored(base: str, options: Namespace, work: Path) -> dict[str, float]:
     """Build the bundle on this base; the score of each of its adapters."""
-    from edgetune.building.pipeline import build  # after the options, as it takes seconds
-
     folder = options.data / TASK.folder
     adapters = {
         f"rows-{count}-{seed}": {**adapter_of(TASK, folder, count, seed, work), "training": {"auto": True}}
@@ -63,11 +59,8 @@ def scored(base: str, options: Namespace, work: Path) -> dict[str, float]:
         values["domain"] = {"data": {"train": str(text_of(folder, work))}, "training": {"epochs": options.epochs}}
     out = work / base
     if not out.exists():
-        build(Recipe.from_dict(values), out, progress=Progress())
-    return {
-        name: evaluate(out, name, folder / TASK.test, limit=options.test_rows, progress=Progress()).score
-        for name in adapters
-    }
+        edgetune.build(values, out)
+    return {name: edgetune.evaluate(out, folder / TASK.test, name, limit=options.test_rows).score for name in adapters}
 
 
 def text_of(folder: Path, work: Path) -> Path:

@@ -22,10 +22,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import edgetune
 from benchmarks.few_rows_setups import DEFAULT_WAYS, DEVICES, TASKS, WAYS, adapter_of, make_devices, rows_of
-from edgetune.common.progress import Progress
-from edgetune.recipe.model import Recipe
-from edgetune.tasks.evaluation import evaluate
 
 ROWS = (30, 100, 300, 1000)
 _FIGURES = ("steps", "shipped_step", "train_loss", "val_loss", "tokens")
@@ -104,11 +102,9 @@ def _measured(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work
         "training": {"seed": draw.seed},
         "adapters": {way: _with_way(common, WAYS[way]) for way in ways},
     }
-    from edgetune.building.pipeline import build  # after the options, as it takes seconds
-
-    built = build(Recipe.from_dict(values), out, progress=Progress())
+    built = edgetune.build(values, out)
     for way in ways:
-        scored = evaluate(out, way, folder / task.test, limit=options.test_rows, progress=Progress())
+        scored = edgetune.evaluate(out, folder / task.test, way, limit=options.test_rows)
         figures = {key: built.figures[way][key] for key in _FIGURES}
         place = {**asdict(draw), "way": way, "base": options.base, "limit": options.test_rows}
         yield {**place, "score": scored.score, "metric": scored.metric, "test_rows": scored.rows, **figures}

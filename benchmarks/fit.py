@@ -13,7 +13,7 @@ Boards: predictions for the published figures in `published.toml`. `--only` runs
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result, work_folder
 from benchmarks.harness.bundles import export_random, random_adapters, resolve_base
 from benchmarks.harness.prompts import words
 from benchmarks.harness.tables import markdown, progress
@@ -43,7 +43,6 @@ from edgetune_runtime.threads.machine import disturbance, instructions, peak_mb
 if TYPE_CHECKING:
     from edgetune_runtime import Runtime
 
-ENGINES = ("gguf", "onnx")
 QUANTIZATIONS = ("q8_0", "q4_k_m", "q4_0")
 CONTEXTS = (512, 1024, 2048)
 ADAPTERS = (0, 4, 16)

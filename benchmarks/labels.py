@@ -8,7 +8,7 @@ the time of the prompt alone, which both modes need.
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result
 from benchmarks.harness.machine import said_of_machine
 from benchmarks.harness.tables import markdown
 from benchmarks.harness.turns import in_turns, spread
@@ -26,7 +26,6 @@ from edgetune_runtime import Runtime
 from edgetune.common.spread import spread as spread_rows
 from edgetune.tasks.data import labelled_text, read_rows
 
-ENGINES = ("gguf", "onnx")
 SEARCH, ALL, PROMPT = MODES = ("search", "all", "prompt")
 
 

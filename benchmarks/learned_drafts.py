@@ -10,7 +10,7 @@ prompt had come before. The cost is that of `BATCH_COST`, so other processes do 
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result
 from benchmarks.harness.tables import markdown, progress
 
 import argparse
@@ -35,7 +35,6 @@ from edgetune_runtime.serving.pool import Pool
 
 from benchmarks.household import Household
 
-ENGINES = ("gguf", "onnx")
 MOST_TOKENS = 60
 TABLE, PAST, KNOWN = "table", "past answers", "every prompt known"
 

@@ -10,7 +10,7 @@ probability of the label, for the similarity to training prompts, and for both a
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result, work_folder
 from benchmarks.harness.machine import said_of_machine
 from benchmarks.harness.ranking import auroc
 from benchmarks.harness.tables import markdown
@@ -27,13 +27,12 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.inference.measuring import logits_after
 from edgetune_runtime.inference.similarity import read_prompts
 
-from edgetune.common.progress import Progress
+import edgetune
 from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.confidence import bins_of, calibration_error
 
 ADAPTER = "intent"
-ENGINES = ("gguf", "onnx")
 
 
 class Asked(NamedTuple):
@@ -68,11 +67,9 @@ def main() -> None:
 
 def measured(data: dict[str, Any], count: int, seed: int, options: Namespace, work: Path) -> Iterator[Result]:
     """Build a bundle of so many rows per intent, and ask each of its engines the test texts."""
-    from edgetune.building.pipeline import build  # after the options, as it takes seconds
-
     out = work / f"{count}-{seed}"
     if not out.exists():
-        build(recipe_of(rows_per_label(data["train"], count, seed), out, options), out, progress=Progress())
+        edgetune.build(recipe_of(rows_per_label(data["train"], count, seed), out, options), out)
     texts = [*spread(data["test"], options.test_rows), *spread(data["oos_test"], options.test_rows)]
     for engine in options.only:
         with Runtime.open(out, engine=engine, disk_mb=0) as runtime:

@@ -16,7 +16,7 @@ Finished runs are lines of WORK/runs.jsonl and are not repeated. With DIR/snips,
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result, work_folder
 from benchmarks.harness.plots import subplots
 from benchmarks.harness.runs import Run, Runs, score_table, summary
 from benchmarks.harness.tables import progress
@@ -30,13 +30,10 @@ from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
+import edgetune
 from benchmarks.few_rows_setups import DEVICES, TASKS, adapter_of
-from edgetune.common.progress import Progress
-from edgetune.recipe.model import Recipe
-from edgetune.tasks.evaluation import evaluate
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m")
-ENGINES = ("gguf", "onnx")
 WAYS = ("separate", "q8_0", "nearest", "on-grid")
 KEYS = ("base", "task", "type", "engine")
 TARGET = "adapter"
@@ -86,8 +83,6 @@ def _runs(options: argparse.Namespace, work: Path) -> Iterator[Run]:
 
 def _measured(place: Run, base: str, options: argparse.Namespace, work: Path) -> list[Run]:
     """Build a bundle in one way and score it in each engine; one run without a score if the build refuses it."""
-    from edgetune.building.pipeline import build  # after the options, as it takes seconds
-
     task, out = TASKS[place["task"]], work / "bundle"
     folder = Path(options.data / task.folder)
     in_recipe, in_adapter = keys_of(place["way"], place["type"])
@@ -103,12 +98,12 @@ def _measured(place: Run, base: str, options: argparse.Namespace, work: Path) ->
         **in_recipe,
     }
     try:
-        built = build(Recipe.from_dict(values), out, progress=Progress())
+        built = edgetune.build(values, out)
     except (VerificationError, IncompatibleError) as error:
         return [{"engine": engine, "refused": error.message} for engine in options.engines]
     runs = []
     for engine in options.engines:
-        scored = evaluate(out, TARGET, folder / task.test, limit=options.test_rows, engine=engine, progress=Progress())
+        scored = edgetune.evaluate(out, folder / task.test, TARGET, limit=options.test_rows, engine=engine)
         figures = built.figures[TARGET]
         runs.append(
             {

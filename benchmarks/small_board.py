@@ -11,7 +11,7 @@ the Pi Zero 2 W.
 
 from __future__ import annotations
 
-from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.benchmark import ENGINES, Benchmark, Result
 from benchmarks.harness.cgroup import memory_limit
 from benchmarks.harness.memory import status_mb
 from benchmarks.harness.prompts import words
@@ -35,7 +35,6 @@ from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 
 BOARD = "pi-zero-2w"
-ENGINES = ("gguf", "onnx")
 CONTEXT = 1024
 CACHE_MB = 8
 ANSWER_TOKENS = 24

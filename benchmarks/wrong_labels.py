@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import edgetune
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
 from edgetune.curation.checking.check import check
@@ -32,7 +33,6 @@ from edgetune.tasks.augmentation.english import are_english
 from edgetune.tasks.augmentation.slots import SlottedRow
 from edgetune.tasks.augmentation.values import Values
 from edgetune.tasks.data import TaskRow, read_rows
-from edgetune.tasks.evaluation import evaluate
 
 SCORED = ("right", "wrong", "clean", "weighted")
 FIRST = 0.25
@@ -57,7 +57,7 @@ def main() -> None:
 def measured(options: Any, work: Path) -> Result:  # noqa: ANN401 - argparse's namespace
     spec = Recipe.from_file(options.recipe).adapters[options.adapter]
     source = options.data or str(spec.data.train)
-    rng, progress = random.Random(options.seed), Progress()
+    rng = random.Random(options.seed)
     rows = read_rows(source, spec.data.columns)
     rows = rng.sample(rows, min(options.rows, len(rows)))
     wrong = with_wrong_answers(rows, options.wrong, rng)
@@ -65,7 +65,7 @@ def measured(options: Any, work: Path) -> Result:  # noqa: ANN401 - argparse's n
     for name, own in files.items():
         write(work / f"{name}.jsonl", own)
     recipe = recipe_for(options, work / "wrong.jsonl")
-    (report,) = check(recipe, adapter=options.adapter, minutes=options.minutes, progress=progress)
+    (report,) = check(recipe, adapter=options.adapter, minutes=options.minutes, progress=Progress())
     assert report.estimate is not None
     ranked = [line_of(row.where) for row in report.estimate.rows]
     first = ranked[: round(FIRST * len(ranked))]
@@ -85,7 +85,7 @@ def measured(options: Any, work: Path) -> Result:  # noqa: ANN401 - argparse's n
         data = recipe.adapters[options.adapter].data
         write_clean(report, data, work / "clean.jsonl")
         write_clean(report, data, work / "weighted.jsonl", weighted=True)
-        result["scores"] = {name: scored(options, work, name, progress) for name in SCORED}
+        result["scores"] = {name: scored(options, work, name) for name in SCORED}
     return result
 
 
@@ -124,16 +124,14 @@ def recipe_for(options: Any, rows: Path) -> Recipe:  # noqa: ANN401 - argparse's
     return Recipe.from_file(options.recipe, {**own, "targets": "[gguf]"})
 
 
-def scored(options: Any, work: Path, name: str, progress: Progress) -> float:  # noqa: ANN401 - argparse's namespace
+def scored(options: Any, work: Path, name: str) -> float:  # noqa: ANN401 - argparse's namespace
     """The score of a bundle of these rows."""
-    from edgetune.building.pipeline import build  # after the options, as it takes seconds
-
     recipe = recipe_for(options, work / f"{name}.jsonl")
     alone = recipe.model_copy(update={"adapters": {options.adapter: recipe.adapters[options.adapter]}, "route": None})
-    build(alone, work / name, progress=progress)
+    edgetune.build(alone, work / name)
     test = spread(read_rows(options.test, Recipe.from_file(options.recipe).adapters[options.adapter].data.columns), 200)
     write(work / "test.jsonl", test)
-    return evaluate(work / name, options.adapter, work / "test.jsonl", progress=progress).score
+    return edgetune.evaluate(work / name, work / "test.jsonl", options.adapter).score
 
 
 def line_of(where: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .machine import this_machine
 
+ENGINES = ("gguf", "onnx")
 Result = dict[str, Any]
 _UNRECORDED = ("json", "out", "only", "quick")
 """Options that do not change what is measured."""
