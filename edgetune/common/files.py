@@ -18,14 +18,17 @@ def expanded(path: str) -> Path:
         return Path(path)
 
 
-def write_file(path: Path, data: str | bytes, *, is_private: bool = False) -> None:
+def write_file(path: Path, data: str | bytes, *, is_private: bool = False, is_durable: bool = False) -> None:
     """Write a text in UTF-8, or bytes, to a file, which is replaced if there is one; makes its folder.
 
-    If it is private, other users cannot read it. OutOfSpaceError if the disk is full.
+    Other users can never read a private one; a durable one has its name on disk, too, when this returns.
+    OutOfSpaceError if the disk is full.
     """
     with replacing(path) as temporary:
         temporary.touch(0o600 if is_private else 0o666)
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    if is_durable:
+        flush_to_disk(path.parent)
 
 
 def is_whole(path: Path, entry: FileEntry) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from edgetune_runtime.bundle import FileEntry, entry_of
 from edgetune_runtime.errors import NotFoundError, VerificationError
-from edgetune_runtime.formats.atomic import flush_to_disk
 from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.update.fetch import limited
 from edgetune_runtime.wording import first_of
@@ -118,5 +117,4 @@ def _tag_of(described: dict[str, Any]) -> str | None:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    write_file(path, json.dumps(value, indent=1) + "\n")
-    flush_to_disk(path.parent)
+    write_file(path, json.dumps(value, indent=1) + "\n", is_durable=True)

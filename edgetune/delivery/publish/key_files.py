@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
-from edgetune_runtime.formats.atomic import replacing
 from securesystemslib.exceptions import Error as SigningError
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
@@ -70,10 +69,7 @@ def write_new_key(folder: Path, role: str, passphrase: Passphrase) -> Key:
     private = load_pem_private_key(signer.private_bytes, None)
     encryption = BestAvailableEncryption(passphrase().encode())
     data = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
-    with replacing(path_of(folder, role, signer.public_key)) as temporary:
-        # Never readable for others, also while it is written.
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(data)
+    write_file(path_of(folder, role, signer.public_key), data, is_private=True)
     return signer.public_key
 
 

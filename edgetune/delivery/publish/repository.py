@@ -148,7 +148,7 @@ class Repository:
         target = TargetFile.from_data(path, data, ["sha256"])
         pieces = [str(piece) for piece in self.put_pieces(data)]
         target.unrecognized_fields["custom"] = {"version": version, PIECES: pieces}
-        _write(self.release_file(target), data)
+        write_file(self.release_file(target), data, is_durable=True)
         role = self._roles.setdefault(f"{ROLE_PREFIX}{name}", _unwritten(Targets()))
         role.targets[path] = target
         self._changed.add(f"{ROLE_PREFIX}{name}")
@@ -196,7 +196,7 @@ class Repository:
     def _write_roots(self) -> None:
         for path in self._keys.roots:
             if not (self._metadata / path.name).exists():
-                _write(self._metadata / path.name, path.read_bytes())
+                write_file(self._metadata / path.name, path.read_bytes(), is_durable=True)
 
     def _must_renew(self, role: str, signed: Targets) -> bool:
         """Whether metadata expires soon; of bundles only if their keys are here, as others renew theirs."""
@@ -282,7 +282,7 @@ class Repository:
         except RepositoryError as error:
             raise missing_keys(self._role_of(role), self._keys) from error
         data = metadata.to_bytes()
-        _write(self._metadata / f"{name}.json", data)
+        write_file(self._metadata / f"{name}.json", data, is_durable=True)
         return data
 
     def _read_published_root(self) -> Root | None:
@@ -379,8 +379,3 @@ def _unwritten(signed: T) -> T:
 
 def _after(days: int) -> datetime:
     return datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_file(path, data)
-    flush_to_disk(path.parent)
