@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgetune_runtime.bundle import entry_of
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 from edgetune_runtime.store import files
 from edgetune_runtime.store.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
@@ -226,11 +227,12 @@ def _send_program(connection: Connection, facts: BoardFacts, assembled: Assemble
 def _put(connection: Connection, source: Path | bytes, remote: str) -> int:
     """Send a small file unless it is there already; the number of bytes sent."""
     digest = connection.run(["sh", "-c", 'sha256sum < "$1" 2>/dev/null; true', "sh", remote])
-    if output.digest_of(source) in digest:
+    entry = entry_of(source)
+    if entry.sha256 in digest:
         return 0
     with output.opened(source) as file:
         connection.run(["sh", "-c", _PUT, "sh", remote], file)
-    return output.size_of(source)
+    return entry.bytes
 
 
 class _Sending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 import tarfile
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from edgetune_export.pack import check_not_current, folder_beside, require_own_files
-from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.bundle import entry_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing, swap_in
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit
@@ -26,11 +25,6 @@ def size_of(source: Path | bytes) -> int:
     return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
-def digest_of(source: Path | bytes) -> str:
-    """The sha256 of a file."""
-    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256_of(source)
-
-
 def opened(source: Path | bytes) -> IO[bytes]:
     """A file, open for reading."""
     return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
@@ -38,12 +32,13 @@ def opened(source: Path | bytes) -> IO[bytes]:
 
 def listed(contents: Contents) -> list[KitFile]:
     """Path, digest and size of each file, sorted by path."""
-    return [KitFile(path, digest_of(source), size_of(source)) for path, source in sorted(contents.items())]
+    entries = {path: entry_of(contents[path]) for path in sorted(contents)}
+    return [KitFile(path, entry.sha256, entry.bytes) for path, entry in entries.items()]
 
 
 def sums(files: list[KitFile], kit: bytes) -> bytes:
     """The text of SHA256SUMS."""
-    digests = {file.path: file.sha256 for file in files} | {KIT_NAME: digest_of(kit)}
+    digests = {file.path: file.sha256 for file in files} | {KIT_NAME: entry_of(kit).sha256}
     return "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()
 
 
