@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 from edgetune_runtime.errors import BusyError
 
+from .problems import StoppingError
+
 
 class AnswerQueue:
     """Lets `places` requests run at once and up to `max_waiting` wait; BusyError for one more, or when it stops.
@@ -39,7 +41,7 @@ class AnswerQueue:
     async def place(self, limit_s: float, client: str = "") -> AsyncIterator[None]:
         """Run the client's block when its turn comes; BusyError if that takes longer than `limit_s` seconds."""
         if self.stopping:
-            raise _stopping()
+            raise StoppingError
         self._loop = asyncio.get_running_loop()
         if self.running < self.places:
             self._running[client] += 1
@@ -63,7 +65,7 @@ class AnswerQueue:
         """Refuse the requests that wait and all later ones."""
         self.stopping = True
         while self._waiting:
-            self._refuse(next(iter(self._waiting)), _stopping())
+            self._refuse(next(iter(self._waiting)), StoppingError())
 
     async def _wait(self, limit_s: float, client: str) -> None:
         if len(self._waiting) >= self._max_waiting:
@@ -119,7 +121,3 @@ class AnswerQueue:
                 turn.set_result(None)
         # So that the count does not keep each client that ever asked.
         self._running = +self._running
-
-
-def _stopping() -> BusyError:
-    return BusyError("the server is stopping", "try again later")

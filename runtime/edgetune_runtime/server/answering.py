@@ -30,7 +30,7 @@ from .daemon_threads import DaemonThreads
 from .good_answers import GoodAnswers
 from .metrics import Metrics
 from .models import Models, base_name
-from .problems import RequestError
+from .problems import RequestError, StoppingError
 from .rewriting import Rewriter
 from .settings import Access, ServerLimits
 
@@ -224,7 +224,7 @@ class Answering:
             answer = stream.answer
         assert answer is not None
         if answer.stop_reason == "cancelled":
-            raise BusyError("the server is stopping", "try again later")
+            raise StoppingError
         self.metrics.count_answer(request.adapters, answer)
         await self.good_answers.add()
         logs += self._logs(request, prompt, answer, index)
@@ -277,7 +277,7 @@ class Answering:
 
     def _check(self, end_s: float, progress: str) -> None:
         if self._end.is_set():
-            raise BusyError("the server is stopping", "try again later")
+            raise StoppingError
         if time.monotonic() > end_s:
             # Not 503: clients would send the same texts again.
             raise RequestError(progress, "send fewer texts per request", status=413, param="input")

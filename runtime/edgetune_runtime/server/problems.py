@@ -58,6 +58,13 @@ class ClientGoneError(EdgetuneError):
         super().__init__("the client disconnected")
 
 
+class StoppingError(BusyError):
+    """The server stops, so it ends the request or refuses it."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping", "try again later")
+
+
 def failure(error: Exception) -> EdgetuneError:
     """The error to report for `error`; one that is not expected is logged."""
     if isinstance(error, EdgetuneError):

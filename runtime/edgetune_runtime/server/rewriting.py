@@ -10,17 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from edgetune_runtime.errors import BusyError, EdgetuneError, UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.tools.calls import ToolCall
 
 from .answer_request import AnswerRequest
 from .daemon_threads import DaemonThreads
-from .problems import RequestError
+from .problems import RequestError, StoppingError
 
 _LOG = logging.getLogger(__name__)
 _FORM = "NAME=MODULE:FUNCTION"
@@ -67,17 +67,13 @@ Rewrite = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], R
 """Takes the messages and the tools of a chat, as the client sent them."""
 
 
-@dataclass(frozen=True)
 class Rewriter:
     """A model `name` whose chats `function` rewrites."""
 
-    name: str
-    function: Rewrite
-    _threads: DaemonThreads = field(init=False, repr=False, compare=False)
-    _limits: set[asyncio.Timeout] = field(init=False, repr=False, compare=False, default_factory=set)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_threads", DaemonThreads(f"model {self.name!r}", _MAX_CALLS))
+    def __init__(self, name: str, function: Rewrite) -> None:
+        self.name, self.function = name, function
+        self._threads = DaemonThreads(f"model {name!r}", _MAX_CALLS)
+        self._limits: set[asyncio.Timeout] = set()
 
     @classmethod
     def load(cls, spec: str, folder: Path) -> Rewriter:
@@ -153,7 +149,7 @@ class Rewriter:
                     self._limits.discard(limit)
         except TimeoutError as error:
             if time.monotonic() < end_s:
-                raise BusyError("the server is stopping", "try again later") from error
+                raise StoppingError from error
             message = f"model {self.name!r} did not {action} in the time of the request"
             raise RequestError(message, "make its function faster, or raise --max-request-s") from error
 

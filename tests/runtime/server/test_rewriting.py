@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +264,7 @@ def test_a_function_that_cannot_be_loaded_is_refused(given: str, text: str, fold
 
 def test_the_name_of_another_model_is_refused(bundle: Path, folder: Path) -> None:
     for names in (["command"], ["home"], ["short", "short"]):
-        rewriters = [replace(Rewriter.load("short=shortened:rewrite", folder), name=name) for name in names]
+        rewriters = [Rewriter.load(f"{name}=shortened:rewrite", folder) for name in names]
         with Runtime.open(bundle) as runtime, pytest.raises(UsageError, match="has the name of another model"):
             Answering(AsyncRuntime(runtime), Serving(Access(), ServerLimits(), False, rewriters, None))
 
