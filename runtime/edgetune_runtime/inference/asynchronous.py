@@ -234,20 +234,33 @@ async def _in_thread(function: Callable[..., T], *arguments: object, **options: 
 
     None of asyncio's, which are few: a task may need one of them to read on the stream that the calls wait for.
     """
-    reader, result = Reader(asyncio.current_task()), Future[T]()
-    # A task that stops waiting does not end the call.
+    reader = Reader(asyncio.current_task())
+
+    def call() -> T:
+        READER.set(reader)
+        return function(*arguments, **options)
+
+    return await call_in_thread(call, "edgetune-call")
+
+
+async def call_in_thread(function: Callable[[], T], name: str, *, daemon: bool | None = None) -> T:
+    """What a function returns or raises on a new thread, whose options are those of `threading.Thread`.
+
+    A task that stops waiting does not end the call.
+    """
+    result = Future[T]()
+    # So that a task that is cancelled, as at the end of the event loop, does not cancel it.
     result.set_running_or_notify_cancel()
 
-    def call() -> None:
-        READER.set(reader)
+    def run() -> None:
         try:
-            result.set_result(function(*arguments, **options))
+            result.set_result(function())
         except BaseException as error:
             result.set_exception(error)
 
     # With the context variables of the task, such as those of tracing.
     context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(call,), name="edgetune-call").start()
+    threading.Thread(target=context.run, args=(run,), name=name, daemon=daemon).start()
     return await asyncio.wrap_future(result)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
 from edgetune_runtime.errors import BusyError
+from edgetune_runtime.inference.asynchronous import call_in_thread
 
 T = TypeVar("T")
 
@@ -44,18 +42,5 @@ class DaemonThreads:
             await asyncio.wait(self._calls, timeout=limit_s)
 
     async def _run(self, function: Callable[[], T]) -> T:
-        result = Future[T]()
-        # So that a task that is cancelled at the end of the event loop does not cancel it.
-        result.set_running_or_notify_cancel()
-
-        def run() -> None:
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
-
         async with self._free:
-            # With the context variables of the task, such as those of tracing.
-            context = contextvars.copy_context()
-            threading.Thread(target=context.run, args=(run,), name="edgetune-serve", daemon=True).start()
-            return await asyncio.wrap_future(result)
+            return await call_in_thread(function, "edgetune-serve", daemon=True)
