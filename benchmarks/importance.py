@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import divergence
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 
 from edgetune import bases
 from edgetune.building.decoder.importance import importance_of

@@ -27,7 +27,8 @@ from edgetune_export.backends.gguf.backend import write_adapter, write_merged
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 
 from edgetune import bases, methods
 from edgetune.methods.common.peft import module_weight

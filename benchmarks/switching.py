@@ -80,7 +80,7 @@ def prepare(options: argparse.Namespace, work: Path) -> None:
 
 def task_prompt(number: int, tokens: int, base: Path) -> str:
     """A text of `tokens` tokens, different for each task."""
-    from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+    from edgetune_runtime.engines.gguf.base import GgufTokenizer
 
     rng, words, words_of_tasks = random.Random(number), [f"Task {number}:"], WORDS.split()
     with closing(GgufTokenizer(base)) as tokenizer:

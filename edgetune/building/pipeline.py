@@ -14,7 +14,7 @@ from edgetune_export import architectures, backends
 from edgetune_export.adapters.fold import find_weights
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import GENERATION, Manifest
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import messages_for
 from edgetune_runtime.tools.prompts import prompt_tokens

@@ -17,7 +17,7 @@ from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
 from edgetune_runtime import Runtime, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.inference.measuring import runtime_around
 from edgetune_runtime.sizing import bench
 from filelock import FileLock

@@ -26,7 +26,7 @@ from edgetune_export.parity import (
 from edgetune_export.parity import TrainedLogits as Model
 from edgetune_runtime import engines
 from edgetune_runtime.engines.base import Engine, Tokenizer
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from transformers import PreTrainedModel
 

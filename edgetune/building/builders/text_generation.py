@@ -14,7 +14,7 @@ from edgetune_export.adapters.fold import find_weights
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.base import Source
 from edgetune_runtime.bundle import GENERATION, BaseEntry, sha256_of
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import check_loads
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer

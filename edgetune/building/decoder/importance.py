@@ -15,7 +15,7 @@ import torch
 from edgetune_export.architectures.layout import Order, base_columns, name_map, tensor_of
 from edgetune_export.architectures.shape import linear_modules
 from edgetune_export.base_file.importance import Importance
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from edgetune import bases

@@ -19,7 +19,7 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.formats.atomic import TEMPORARY
 
 from edgetune import bases

@@ -26,7 +26,7 @@ from edgetune_export.base_file.quantize import quantize_rows
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.base import log_total
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.atomic import TEMPORARY
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header

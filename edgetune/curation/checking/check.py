@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune import bases

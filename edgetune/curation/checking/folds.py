@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from edgetune_export import architectures
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 
 from edgetune import bases, methods

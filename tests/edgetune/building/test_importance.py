@@ -16,7 +16,7 @@ from edgetune_export.architectures.layout import in_file_order, name_map
 from edgetune_export.base_file.importance import Importance, write_imatrix
 from edgetune_export.base_file.quantize import dequantize_rows, quantize_gguf
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from recipes import PLAIN, adapter_of, lights, make_recipe, write_recipe
 from tiny import ARCHITECTURES

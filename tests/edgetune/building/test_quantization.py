@@ -14,7 +14,7 @@ import torch
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import divergence
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, UsageError
 from recipes import PLAIN, adapter_of, lights, make_recipe, values_of, write_recipe
 from trainings import QUIET, Listening, Stopping

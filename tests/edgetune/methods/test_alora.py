@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from edgetune_export.adapters.shapes import LowRank
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.text.chat import messages_for, render
 from edgetune_runtime.tools.definitions import tool_set

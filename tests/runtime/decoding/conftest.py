@@ -11,7 +11,7 @@ import pytest
 from edgetune_export.backends.onnx.tokenizer import end_tokens, write_tokenizer
 from edgetune_runtime.decoding.grammars import Grammars
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.engines.onnx.tokenizers import JsonTokenizer
 
 from edgetune.bases import locate

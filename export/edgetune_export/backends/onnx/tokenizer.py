@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import Vocabulary, library
 from edgetune_runtime.engines.onnx.tokenizers import SPACE, byte_character
 from edgetune_runtime.errors import IncompatibleError

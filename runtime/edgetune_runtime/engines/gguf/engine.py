@@ -28,7 +28,7 @@ from edgetune_runtime.threads.machine import usable_cores
 
 from . import NAME
 from .adapters import GgufAdapters
-from .base import GgufBase, GgufTokenizer
+from .base import GgufBase
 from .hybrid_cache import HybridCache
 from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, end_threads, last_errors, library, make_context
@@ -36,8 +36,6 @@ from .needs import BRANCHES, recurrent_sizes, rollback_of
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups
-
-__all__ = ["BRANCHES", "ENGINE", "GgufEngine", "GgufTokenizer"]
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.parity import TOLERANCE_KL
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from recipes import LIGHTS, NAME, PLAIN, adapter_of, make_recipe, write_recipe
 from tiny import WORDS

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.tools.prompts import prompt_tokens
 from recipes import adapter_of, write_recipe, write_rows

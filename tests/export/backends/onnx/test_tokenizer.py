@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 from edgetune_export.backends.onnx.tokenizer import end_tokens, write_tokenizer
-from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.engines.onnx.tokenizers import JsonTokenizer
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.gguf.llama import library
 from runtime.bundles import low_rank, write_adapter
 from runtime.engines.conftest import log_p
