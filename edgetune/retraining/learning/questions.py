@@ -27,6 +27,8 @@ from edgetune.recipe.parts import Metric
 from .corrections import is_redacted_as_a_whole, problem_with, row_of, unfit
 
 SKIP, QUIT = "s", "q"
+_YES_OR_NO = {"y", "yes", "n", "no", "j", "ja", "nein"}
+_QUESTION = "\nright answer (Enter: this one is right): "
 HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the right answer."
 
 
@@ -60,7 +62,7 @@ def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str], manifest: M
         sure = "" if entry.confidence is None else f" ({entry.confidence:.0%} sure)"
         sure += ", marked as wrong" if entry.is_wrong else ""
         head = f"\n{number} of {len(entries)}, {entry.adapter}{sure}\n  asked     {printable(_asked(entry))}"
-        question = f"{head}\n  answered  {printable(entry.answer)}\nright? "
+        question = f"{head}\n  answered  {printable(entry.answer)}{_QUESTION}"
         reply = _reply(entry, question, read, manifest)
         if reply is None:
             return
@@ -70,9 +72,11 @@ def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str], manifest: M
 
 def _reply(entry: LoggedAnswer, question: str, read: Callable[[str], str], manifest: Manifest) -> LoggedAnswer | None:
     """The corrected answer, the answer itself if it is skipped, and None at the end."""
+    before = ""
     while True:
         line = read(question)
-        text = line.strip()
+        text, last = line.strip(), before
+        before = text
         if not line:
             message = "the input ended before the questions did; the replies so far are in the log"
             raise UsageError(message, f"end them with {QUIT}, or write them to a file with --questions FILE")
@@ -83,12 +87,14 @@ def _reply(entry: LoggedAnswer, question: str, read: Callable[[str], str], manif
         try:
             reply = entry.with_correction(text or None)
         except UsageError as error:
-            question = f"{error}\nright? "
+            question = f"{error}{_QUESTION}"
             continue
         problem = _problem(manifest, entry, reply.correction or "")
+        if problem is None and text.lower() in _YES_OR_NO and text != last:
+            problem = "would be learned as the answer: type it again if it is"
         if problem is None:
             return reply
-        question = f"{shortened(reply.correction or '', 80)!r} {problem}\nright? "
+        question = f"{shortened(reply.correction or '', 80)!r} {problem}{_QUESTION}"
 
 
 def _is_badly_corrected(manifest: Manifest, entry: LoggedAnswer) -> bool:

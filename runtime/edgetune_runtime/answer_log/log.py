@@ -191,8 +191,7 @@ def append_lines(path: Path, lines: str) -> None:
 
 def file_before(path: Path) -> Path:
     """The file that the log was before it was full; beside the file itself if the path is a link to it."""
-    path = _without_link(path)
-    return path.with_name(f"{path.name}.1")
+    return Path(f"{_without_link(path)}.1")
 
 
 def _without_link(path: Path) -> Path:

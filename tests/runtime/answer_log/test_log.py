@@ -439,6 +439,8 @@ def test_the_log_of_another_bundle_is_refused(manifest: Manifest, tmp_path: Path
     for folder in (tmp_path, Path(), Path("/")):
         with pytest.raises(UsageError, match="is a folder; give the log, a file in it"):
             read_answer_log(folder, manifest)
+        with pytest.raises(UsageError, match=r"cannot write .*: Is a directory; choose another file"):
+            AnswerLog(folder, manifest)
     with pytest.raises(NotFoundError, match="no log"):
         read_answer_log(tmp_path / "none.jsonl", manifest)
 

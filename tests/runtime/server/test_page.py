@@ -8,11 +8,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from edgetune_runtime.answer_log.reading import read_answer_log
+from edgetune_runtime.bundle import ASK
+from edgetune_runtime.bundle.records import UnsureRule
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
@@ -170,6 +173,32 @@ def test_a_correction_that_is_not_saved_is_said_and_stays(start: Start, visit: V
     save.click()
     expect(page.get_by_text("Noted.", exact=True).first).to_be_visible()
     assert '"correction":"blind.close"' in str(sent[-1])
+
+
+@needs_browser
+@pytest.mark.parametrize(("least", "unsure"), [(0.0, ""), (1.0, "asked back")])
+def test_the_page_says_how_sure_an_answer_is_and_what_stands_in_its_place(
+    least: float, unsure: str, sure_bundle: Path, start: Start, visit: Visit, tmp_path: Path
+) -> None:
+    home = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    about = {"output": {"choices": ["on", "off"]}, "unsure": asdict(UnsureRule(least, ASK, "Which room?"))}
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["adapters"]["command"].update(about)
+        curves = raw["adapters"]["command"]["confidence"]["gguf"]
+        curves["choice"] = curves["value"]
+
+    change_manifest(home, change)
+    page = visit(start(home, log=tmp_path / "answers.jsonl"))
+    page.get_by_label("Adapter", exact=True).first.select_option("command")
+    page.get_by_label("most tokens").fill("20")
+    page.get_by_role("textbox", name="Prompt").fill("turn on the light")
+    page.get_by_role("button", name="Send").click()
+    figures = page.locator(".figures").first
+    expect(figures).to_contain_text(re.compile(r"confidence\d+ %"))
+    expect(figures).to_contain_text(f"unsure{unsure}") if unsure else expect(figures).not_to_contain_text("unsure")
+    page.get_by_role("button", name="correct it").first.click()
+    expect(page.get_by_label("Correction").first).to_have_value("" if unsure else re.compile("on|off"))
 
 
 @needs_browser

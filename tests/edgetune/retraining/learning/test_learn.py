@@ -474,6 +474,20 @@ def test_what_is_typed_has_to_be_text_and_to_be_written(home: Path, tmp_path: Pa
         next(write_logged(answers, tmp_path))
 
 
+def test_yes_and_no_are_learned_only_if_they_are_typed_twice(home: Path) -> None:
+    log = logged(home, [{"prompt": "lamp"}, {"prompt": "blind"}])
+    lines, said = iter(["y\n", "\n", "no\n", "no\n"]), list[str]()
+
+    def read(question: str) -> str:
+        said.append(question)
+        return next(lines)
+
+    entries = read_logs(home, [log], QUIET.say)
+    answers = [*ask(entries, read, read_manifest(home))]
+    assert [answer.correction for answer in answers] == [entries[0].answer, "no"]
+    assert "'y' would be learned as the answer: type it again if it is" in said[1]
+
+
 def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
     log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
     for prompt, confidence in (("a", 0.99), ("b", 0.5), ("c", 0.6), ("a", 0.9), ("d", 0.1)):
