@@ -14,6 +14,7 @@ from benchmarks.harness.benchmark import ENGINES, Benchmark, Result, work_folder
 from benchmarks.harness.ranking import auroc
 from benchmarks.harness.tables import markdown
 
+import json
 import random
 import time
 from argparse import Namespace
@@ -89,8 +90,9 @@ def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Re
 def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: Path) -> Recipe:
     """The recipe of one adapter, with its rows beside the bundle."""
     values = {key: value for key, value in TASKS[task].items() if key not in ("train", "test", "columns")}
-    lines = (folder / f"{TASKS[task]['train']}.jsonl").read_text(encoding="utf-8").splitlines()
-    random.Random(0).shuffle(lines)
+    # A build refuses rows for the curves whose prompt is also one of the training rows.
+    by_prompt = {prompt_of(line): line for line in lines_of(folder / f"{TASKS[task]['train']}.jsonl")}
+    lines = [*by_prompt.values()]
     data: dict[str, Any] = {"columns": TASKS[task].get("columns")}
     adapter = {**values, "data": data, "golden": False, "draft": False}
     training: dict[str, Any]
@@ -117,10 +119,22 @@ def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: P
     return Recipe.from_file(path)
 
 
+def lines_of(path: Path) -> list[str]:
+    """The rows of a file, in an order that is always the same."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(lines)
+    return lines
+
+
+def prompt_of(line: str) -> str:
+    """The prompt of a row in JSON."""
+    row = json.loads(line)
+    return str(row.get("text", row.get("prompt")))
+
+
 def test_lines(task: str, folder: Path, lines: Sequence[str], used: set[str], count: int) -> list[str]:
     """At most `count` test rows; if a public data set has fewer, also training rows that were not used."""
-    tests = (folder / f"{TASKS[task]['test']}.jsonl").read_text(encoding="utf-8").splitlines()
-    random.Random(0).shuffle(tests)
+    tests = lines_of(folder / f"{TASKS[task]['test']}.jsonl")
     spare = [] if task in EXAMPLES else [line for line in lines if line not in used]
     return [*tests, *spare][:count]
 
