@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, __version__
-from edgetune_runtime.bundle import ERROR, STATES_FOLDER, ConfidenceCurve, UnsureRule, read_manifest
+from edgetune_runtime.bundle import ERROR, STATES_FOLDER, ConfidenceCurve, Scope, UnsureRule, read_manifest
 from edgetune_runtime.cli import machine
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.sizing import bench
@@ -40,6 +41,22 @@ def test_info_counts_weights_beside_a_graph_once(run: Run, both_of: Callable[[st
     bundle = both_of("llama")
     megabytes = sum(entry.bytes for entry in read_manifest(bundle).files.values()) / 1e6
     assert f", {megabytes:.1f} MB, " in run("info", bundle)[1].splitlines()[0]
+
+
+def test_info_says_which_answers_have_a_confidence_and_what_becomes_of_unsure_ones(
+    run: Run, sure_bundle: Path, tmp_path: Path
+) -> None:
+    home = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    about = {"unsure": asdict(UnsureRule(0.8, ERROR)), "scope": {"gguf": asdict(Scope("other", 0.0, 0.05, 0.81))}}
+    change_manifest(home, lambda raw: raw["adapters"]["tone"].update(about))
+    _, out, _ = run("info", home)
+    lines = out.splitlines()
+    place = next(place for place, line in enumerate(lines) if line.startswith("adapter   tone"))
+    assert [line.strip() for line in lines[place + 1 : place + 4]] == [
+        "confidence of answers of the kind value, question, label",
+        "unsure below 0.8: error",
+        "other in gguf: 81% of texts out of scope, 5% of the others",
+    ]
 
 
 def test_info_shows_how_the_bundle_would_be_opened(run: Run, bundle: Path) -> None:

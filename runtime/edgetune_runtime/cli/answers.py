@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import ERROR, Manifest, RouterEntry, bytes_of_model, read_manifest, verify_files
+from edgetune_runtime.bundle import (
+    ERROR,
+    AdapterEntry,
+    Manifest,
+    RouterEntry,
+    bytes_of_model,
+    read_manifest,
+    verify_files,
+)
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.processes.child_process import MAX_S
@@ -43,9 +51,21 @@ def info(options: argparse.Namespace) -> None:
     for entry in manifest.adapters.values():
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
         lines.append(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
+        lines += [f"          {line}" for line in _sureness_lines(entry)]
     lines += [] if manifest.router is None else _router_lines(manifest.router)
     lines.append(f"opening   {_described(manifest, opening)}{_recurrence(options.bundle, opening)}")
     print("\n".join(map(printable, lines)))
+
+
+def _sureness_lines(entry: AdapterEntry) -> Iterator[str]:
+    """Which answers of an adapter have a confidence, and what becomes of unsure ones and of texts out of scope."""
+    curves = [(kind, curve) for kinds in entry.confidence.values() for kind, curve in kinds.items()]
+    if fitted := dict.fromkeys(kind for kind, curve in curves if curve.slope is not None):
+        yield f"confidence of answers of the kind {', '.join(fitted)}"
+    if (rule := entry.unsure) is not None:
+        yield f"unsure below {rule.min_confidence:g}: {rule.then}"
+    for name, scope in entry.scope.items():
+        yield f"{scope.label} in {name}: {scope.found:.0%} of texts out of scope, {scope.refused:.0%} of the others"
 
 
 def _router_lines(router: RouterEntry) -> list[str]:

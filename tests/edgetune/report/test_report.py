@@ -12,6 +12,7 @@ import yaml
 from edgetune_devices import boards
 from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.bundle.records import Scope
 from recipes import adapter_of, lights, write_recipe, write_rows
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
@@ -134,6 +135,15 @@ def test_the_page_says_where_answers_have_no_confidence(bundle: Path, tmp_path: 
     change_manifest(copy, lambda raw: raw["adapters"]["task"].update(confidence={}))
     assert main(["report", str(copy), "--out", str(page)]) == 0
     assert said in Page(page.read_text(encoding="utf-8")).text
+
+
+def test_the_page_says_what_is_found_out_of_scope(bundle: Path, tmp_path: Path) -> None:
+    copy, page = Path(shutil.copytree(bundle, tmp_path / "bundle")), tmp_path / "page.html"
+    scope = {"gguf": asdict(Scope("other", 0.0, 0.05, 0.81))}
+    change_manifest(copy, lambda raw: raw["adapters"]["task"].update(scope=scope))
+    assert main(["report", str(copy), "--out", str(page)]) == 0
+    told = "other, gguffound 81% of texts that fit no label, and refused 5% of the validation rows with one"
+    assert told in " ".join(Page(page.read_text(encoding="utf-8")).text.split())
 
 
 def test_a_score_is_shown_with_its_metric(bundle: Path, tmp_path: Path) -> None:
