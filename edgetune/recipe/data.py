@@ -120,7 +120,7 @@ class AugmentSpec(RecipePart):
 
     copies: int = Field(default=3, ge=1, le=1000)
     """Most copies of a row. A training pass reads all of them, so it takes longer."""
-    values: dict[Text, tuple[str | int | float, ...]] = Field(default_factory=dict)
+    values: dict[Text, tuple[Text | int | float, ...]] = Field(default_factory=dict)
     """More values by the field of the answer, such as `area: [attic, cellar]`; nested fields as `slots.area`."""
     noise: float = Field(default=0.3, ge=0, le=1)
     """Share of the copies whose prompt also reads as if spoken (lower case, no punctuation, and in English number words
