@@ -275,6 +275,8 @@ def test_true_is_neither_a_text_nor_a_number(write: Write) -> None:
     key = "adapters.command.data.augment.values"
     (line,) = problems_of(write(GOOD), {key: "{area: [attic, true]}"})
     assert line == f"setting {key}: true is neither a text nor a number; put it in quotes"
+    (line,) = problems_of(write(GOOD), {key: "{area: [attic, '']}"})
+    assert line == f"setting {key}: {key}.area.1: is empty"
 
 
 def test_options_that_take_true_still_do(write: Write) -> None:
