@@ -24,7 +24,8 @@ with importing(*ONNX_NEEDS):
 _IDENTIFIER, _FORMAT_VERSION = b"TORT", 1
 _TYPES = {1: np.float32, 10: np.float16}
 """The types that adapters have, by their numbers in the schema's TensorDataType."""
-
+_MOST_AXES = 4
+"""Those of keys and values. A file may claim millions, with a product that takes hours to compute."""
 
 _BAD = (OSError, struct.error, ValueError, TypeError, IndexError, OverflowError)
 """What a missing file, and an offset or a size outside the file, end in."""
@@ -56,6 +57,8 @@ def _parameter(table: Table) -> tuple[str, NDArray[np.generic]]:
     start, size = _vector(table, 0, item_bytes=1)
     name = bytes(table.Bytes[start : start + size]).decode("utf-8")
     start, rank = _vector(table, 1, item_bytes=8)
+    if rank > _MOST_AXES:
+        raise ValueError(f"{name[:80]!r} has {rank} axes, more than {_MOST_AXES}")
     shape = [int(table.Get(number_types.Int64Flags, start + 8 * axis)) for axis in range(rank)]
     kind = _TYPES.get(_number(table, 2))
     if kind is None or min(shape, default=0) < 0:

@@ -94,6 +94,12 @@ def test_other_files_are_refused(data: bytes, file: Path) -> None:
         adapter_arrays(file, "x")
 
 
+def test_a_tensor_with_more_axes_than_an_adapter_has_is_refused(tmp_path: Path) -> None:
+    write_tensors({"x": np.ones((1,) * 64, np.float32)}, tmp_path / "x", dtype="f32", base_fingerprint=FINGERPRINT)
+    with pytest.raises(VerificationError, match=f"{REFUSED}: 'x' has 64 axes, more than 4; build the bundle again"):
+        adapter_arrays(tmp_path / "x", "x")
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="No such file"):
         adapter_arrays(tmp_path / "x", "x")
