@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from edgetune_export.adapters.fold import find_weights, read_config
+from edgetune_export.adapters.fold import find_weights, fold_peft, peft_tensors, read_config
 from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
@@ -135,13 +135,16 @@ class Lora(LoraCheckpoint[L]):
 
     def start_from(self, model: Any, folder: Path, options: L) -> None:  # noqa: ANN401 - PEFT's, which wraps its base
         """Load the factors of an adapter with the same ranks, scales and modules."""
+        import torch
         from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
 
         check_peft_folder(folder, model.get_base_model())
         self.check_start(folder, options)
+        # Refuses all but LoRA, such as trained embeddings, which PEFT would load into the base.
+        fold_peft(folder, folder.name)
+        tensors = {name: torch.from_numpy(values) for name, values in peft_tensors(folder).items()}
         try:
-            result = set_peft_model_state_dict(model, load_file(find_weights(folder)))
+            result = set_peft_model_state_dict(model, tensors)
         except RuntimeError as error:
             raise _no_start(folder, "other sizes") from error
         if result.unexpected_keys or any(".lora_" in key for key in result.missing_keys):

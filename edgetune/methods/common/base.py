@@ -226,7 +226,8 @@ class Method(ABC, Generic[O]):
     def start_from(self, model: torch.nn.Module, folder: Path, options: O) -> None:
         """Give an attached model the weights in a folder saved by PEFT, if the method takes a start.
 
-        Raises what `check_start` and `check_peft_folder` raise, and IncompatibleError for other modules or sizes.
+        Raises what `check_start`, `check_peft_folder` and `fold_peft` raise, and IncompatibleError for other modules or
+        sizes.
         """
         raise NotImplementedError
 

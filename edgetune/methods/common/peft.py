@@ -16,11 +16,11 @@ from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merged
 from edgetune_export.architectures.base import OUTPUT_LAYER
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.wording import first_line, nearest
+from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, Field, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, O, TrainedModules
-from .peft_folder import check_peft_folder
+from .peft_folder import load_peft_folder
 
 if TYPE_CHECKING:
     import torch
@@ -164,19 +164,8 @@ def save_peft(model: PeftModel, folder: Path, **options: object) -> None:
 
 
 def load_peft(checkpoint: Checkpoint) -> PeftModel:
-    """PEFT's model of the checkpoint on the base, in eval mode.
-
-    Raises IncompatibleError if PEFT cannot load it, and what `check_peft_folder` raises.
-    """
-    from peft import PeftModel
-
-    check_peft_folder(checkpoint.folder, checkpoint.base)
-    try:
-        model = PeftModel.from_pretrained(checkpoint.base, str(checkpoint.folder))
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        message = f"PEFT cannot load {checkpoint.folder}: {first_line(error)}"
-        raise IncompatibleError(message, "save the adapter again") from error
-    return model.eval()
+    """PEFT's model of the checkpoint on the base, in eval mode. Raises what `load_peft_folder` raises."""
+    return load_peft_folder(checkpoint.folder, checkpoint.base).eval()
 
 
 def scale_layer(layer: Any, scale: float) -> None:  # noqa: ANN401 - as above

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError, parsing
+from edgetune_runtime.formats.regular_file import reading
 from edgetune_runtime.wording import first_line, first_of
 from safetensors import SafetensorError, deserialize, safe_open
 
@@ -28,14 +29,14 @@ from .shapes import Delta, Floats, LowRank, Merged
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-SAVE_CONVERTED = "save it again with save_pretrained(path_initial_model_for_weight_conversion=…)"
-"""The remedy where `changes_base`."""
+MERGE = "merge it with PEFT's merge_and_unload(), save the full model and use that folder as the base"
+"""What helps for any adapter that is not supported."""
+SAVE_AGAIN = "save or copy the adapter again"
 
-_MERGE = "merge it with PEFT's merge_and_unload(), save the full model and use that folder as the base"
-_SAVE_AGAIN = "save or copy the adapter again"
-# Options whose effect is not a plain B·A on a linear layer, with the remedy for each.
+_SAVE_CONVERTED = "save it again with save_pretrained(path_initial_model_for_weight_conversion=…)"
+_LONGEST_CONFIG = 1 << 20
+# Options that no method here has, with the remedy for each. Some train more than linear layers, or change the base.
 _REFUSED_OPTIONS = {
-    "use_dora": "train with use_dora: false",
     "lora_bias": "train with lora_bias: false",
     "modules_to_save": "train without modules_to_save",
     "trainable_token_indices": "train without new tokens",
@@ -51,6 +52,7 @@ _REFUSED_OPTIONS = {
 }
 # These initializations also change the base's weights, so their B·A is meaningless on the original base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_PEFT_PREFIX = "base_model.model."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _LANGUAGE_LAYER = re.compile(r"(?:model\.language_model\.|language_model\.model\.|model\.)?(?P<rest>layers\.\d+\..+)")
@@ -93,9 +95,9 @@ def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
             problems.append(problem)
         else:
             modules[_canonical(module)] = Delta(a, (b * np.float64(scaling)).astype(np.float32))
-    _raise_all(VerificationError, f"adapter {name!r} is damaged", problems, _SAVE_AGAIN)
+    _raise_all(VerificationError, f"adapter {name!r} is damaged", problems, SAVE_AGAIN)
     if len(modules) != len(pairs):
-        raise VerificationError(f"adapter {name!r} has two LoRAs for the same module", _SAVE_AGAIN)
+        raise VerificationError(f"adapter {name!r} has two LoRAs for the same module", SAVE_AGAIN)
     return LowRank(name, method, dict(sorted(modules.items())), invocation)
 
 
@@ -124,35 +126,41 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """The contents of adapter_config.json; NotFoundError if there is none, VerificationError if it is damaged."""
     path = folder / CONFIG_NAME
     try:
-        with parsing(f"{path} is not JSON", _SAVE_AGAIN):
-            config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+        with parsing(f"{path} is not JSON", SAVE_AGAIN):
+            with reading(path) as file:
+                text = file.read(_LONGEST_CONFIG + 1)
+            if len(text) > _LONGEST_CONFIG:
+                raise VerificationError(f"{path} has more than {_LONGEST_CONFIG} bytes", SAVE_AGAIN)
+            config = json.loads(text.decode())
+    except NotFoundError as error:
         remedy = "use a folder written by PEFT's save_pretrained"
         raise NotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_NAME}", remedy) from error
     if not isinstance(config, dict):
-        raise VerificationError(f"{path} is not a JSON object", _SAVE_AGAIN)
+        raise VerificationError(f"{path} is not a JSON object", SAVE_AGAIN)
     return config
 
 
-def changes_base(config: Mapping[str, Any]) -> bool:
-    """Whether the adapter's initialization changed the base's weights, which PEFT repeats when it loads the adapter."""
+def unsupported_options(config: Mapping[str, Any]) -> dict[str, str]:
+    """The options of adapter_config.json that no method here has, each with its remedy."""
+    found = {key: remedy for key, remedy in _REFUSED_OPTIONS.items() if config.get(key)}
+    if config.get("bias", "none") != "none":
+        found[f"bias: {str(config['bias'])[:80]}"] = "train with bias: none"
     initialization = config.get("init_lora_weights")
-    return isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING)
+    # PEFT repeats the change of the base when it loads the adapter.
+    if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING):
+        found[f"init_lora_weights: {initialization[:80]}"] = _SAVE_CONVERTED
+    return found
 
 
 def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
         message = f"adapter {name!r} has peft_type {peft_type!r}, which a GGUF LoRA does not support"
-        raise IncompatibleError(message, f"train it with lora, or {_MERGE}")
-    problems = [f"{key} ({remedy})" for key, remedy in _REFUSED_OPTIONS.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias: {config['bias']} (train with bias: none)")
-    if changes_base(config):
-        initialization = config["init_lora_weights"]
-        problems.append(f"init_lora_weights: {initialization}, which changes the base ({SAVE_CONVERTED})")
+        raise IncompatibleError(message, f"train it with lora, or {MERGE}")
+    refused = {"use_dora": "train with use_dora: false"} if config.get("use_dora") else {}
+    problems = [f"{option} ({remedy})" for option, remedy in {**refused, **unsupported_options(config)}.items()]
     summary = f"adapter {name!r} has options that a GGUF LoRA does not support"
-    _raise_all(IncompatibleError, summary, problems, f"or {_MERGE}")
+    _raise_all(IncompatibleError, summary, problems, f"or {MERGE}")
 
 
 def _read_scaling(config: Mapping[str, Any], path: Path, modules: Sequence[str]) -> _Scaling:
@@ -180,7 +188,7 @@ def _read_scaling(config: Mapping[str, Any], path: Path, modules: Sequence[str])
         # Like PEFT's get_pattern_key: the first match wins.
         by_module = zip(reversed(pattern.values()), reversed(matches), strict=True)
         values[key] = {name: value for value, names in by_module for name in names or ()}
-    _raise_all(VerificationError, f"{path} is damaged", problems, _SAVE_AGAIN)
+    _raise_all(VerificationError, f"{path} is damaged", problems, SAVE_AGAIN)
     rslora = bool(config.get("use_rslora"))
     return _Scaling(config["r"], config["lora_alpha"], rslora, values["rank_pattern"], values["alpha_pattern"])
 
@@ -188,7 +196,7 @@ def _read_scaling(config: Mapping[str, Any], path: Path, modules: Sequence[str])
 def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     tokens = config.get("alora_invocation_tokens") or []
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise VerificationError(f"{path} is damaged: alora_invocation_tokens is {repr(tokens)[:80]}", _SAVE_AGAIN)
+        raise VerificationError(f"{path} is damaged: alora_invocation_tokens is {repr(tokens)[:80]}", SAVE_AGAIN)
     return tuple(tokens)
 
 
@@ -201,11 +209,40 @@ def find_weights(folder: Path) -> Path:
             with safe_open(path, "np"):
                 return path
         except SafetensorError as error:
-            raise VerificationError(f"{path} is not a safetensors file: {first_line(error)}", _SAVE_AGAIN) from error
+            raise VerificationError(f"{path} is not a safetensors file: {first_line(error)}", SAVE_AGAIN) from error
     if (folder / "adapter_model.bin").exists():
         message = f"{folder} has adapter_model.bin, a pickle, which can run code when it is loaded"
         raise IncompatibleError(message, "save it as safetensors: save_pretrained(…, safe_serialization=True)")
-    raise NotFoundError(f"{folder} has no {WEIGHTS_NAME}", _SAVE_AGAIN)
+    raise NotFoundError(f"{folder} has no {WEIGHTS_NAME}", SAVE_AGAIN)
+
+
+def peft_tensors(folder: Path) -> dict[str, Floats]:
+    """The trained tensors of any PEFT method, with the names that PEFT gives them on a text-only causal model.
+
+    Raises what `find_weights` raises, IncompatibleError for types other than floats, and VerificationError for two
+    tensors with the same name.
+    """
+    tensors: dict[str, Floats] = {}
+    for key, values in _read_tensors(folder).items():
+        name = _peft_name(key)
+        if name in tensors:
+            raise VerificationError(f"{folder / WEIGHTS_NAME} has two tensors for {name[:200]!r}", SAVE_AGAIN)
+        if not _is_frozen_copy(name):
+            tensors[name] = values
+    return tensors
+
+
+def _peft_name(key: str) -> str:
+    match = _KEY.fullmatch(key)
+    bare = _strip_wrappers(f"{match['module']}.lora_{match['side']}.weight" if match else key)
+    # The embeddings of virtual tokens, and matrices that all layers share, are not of a module.
+    is_shared = "." not in bare or bare.startswith("base_model.")
+    return bare if is_shared else f"{_PEFT_PREFIX}{_canonical(bare)}"
+
+
+def _is_frozen_copy(key: str) -> bool:
+    """Whether the tensor is the copy of an adapted layer's own weights that PEFT saves with some adapters."""
+    return key.endswith(".base_layer.weight")
 
 
 def _read_tensors(folder: Path) -> dict[str, Floats]:
@@ -234,24 +271,23 @@ def _pair(tensors: Mapping[str, Floats], name: str) -> dict[str, tuple[Floats, F
         if match:
             adapters.add(match["adapter"] or "default")
             sides.setdefault(_strip_wrappers(match["module"]), {})[match["side"]] = values
-        # PEFT also saves a frozen copy of an adapted output layer.
-        elif not key.endswith(".base_layer.weight"):
+        elif not _is_frozen_copy(key):
             foreign.append(key)
-    remedy = f"train only LoRA on linear layers, or {_MERGE}"
+    remedy = f"train only LoRA on linear layers, or {MERGE}"
     _raise_all(IncompatibleError, f"adapter {name!r} has tensors that a GGUF LoRA does not support", foreign, remedy)
     if len(adapters) > 1:
         message = f"adapter {name!r} contains several adapters: {', '.join(sorted(adapters))}"
         raise IncompatibleError(message, "save each adapter in a separate folder")
     if not sides:
-        raise VerificationError(f"adapter {name!r} has no LoRA weights", _SAVE_AGAIN)
+        raise VerificationError(f"adapter {name!r} has no LoRA weights", SAVE_AGAIN)
     unpaired = [f"{module} has only lora_A or lora_B" for module, pair in sides.items() if len(pair) != 2]
-    _raise_all(VerificationError, f"adapter {name!r} is damaged", unpaired, _SAVE_AGAIN)
+    _raise_all(VerificationError, f"adapter {name!r} is damaged", unpaired, SAVE_AGAIN)
     return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
 
 
 def _strip_wrappers(module: str) -> str:
     bare = ".".join(part for part in module.split(".") if part not in _WRAPPERS)
-    return bare.removeprefix("module.").removeprefix("base_model.model.")
+    return bare.removeprefix("module.").removeprefix(_PEFT_PREFIX)
 
 
 def _canonical(module: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,17 @@ def test_a_broken_config_is_one_clear_error(tmp_path: Path, text: str) -> None:
     (folder / CONFIG_NAME).write_bytes(text.encode("latin-1"))
     with pytest.raises(VerificationError, match=CONFIG_NAME):
         fold_peft(folder, "command")
+
+
+def test_a_config_that_is_a_pipe_or_too_large_is_refused(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "peft") / CONFIG_NAME
+    path.write_text(json.dumps({**CONFIG, "target_modules": "q" * (1 << 20)}))
+    with pytest.raises(VerificationError, match=f"{CONFIG_NAME} has more than 1048576 bytes"):
+        fold_peft(path.parent, "command")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(VerificationError, match=f"{CONFIG_NAME} is not a regular file"):
+        fold_peft(path.parent, "command")
 
 
 @pytest.mark.parametrize(
