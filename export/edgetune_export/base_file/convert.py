@@ -37,6 +37,8 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _MAX_LAYERS = 1024
 WEIGHT_FILES = "model*.safetensors"
 """The names of the files with weights."""
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-(\d{1,6})\.safetensors")
 
 
@@ -92,22 +94,38 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(folder: Path) -> None:
-    """Check that all weights are in .safetensors files here: the converter would read pickles, and follow an index."""
+    """Check the .safetensors files: the converter reads all of them, whatever an index says, or pickles if none."""
     names = {path.name for path in weight_files(folder)}
     if not names:
         remedy = "download its .safetensors files, or save the model with save_pretrained, not as a pickle"
         raise NotFoundError(f"{folder} has no .safetensors file of a model", remedy)
-    counts = {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
-    if counts and len(names) < max(counts):
-        message = f"{folder} has {len(names)} of the {max(counts)} .safetensors files of its model"
+    index = folder / _INDEX
+    expected = _named_in(index) if index.exists() else _without_index(names)
+    missing, others = expected - names, names - expected
+    if missing and all(map(_SHARD.fullmatch, missing)):
+        message = f"{folder} has {len(expected & names)} of the {len(expected)} .safetensors files of its model"
         raise VerificationError(message, "download the rest")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weights = dict(entries(read_json(index))).get("weight_map")
-        files = set(map(str, weights.values())) if isinstance(weights, dict) else {str(weights)}
-        if files - names:
-            message = f"{index} names {min(files - names)[:80]!r}, which is not a .safetensors file of the folder"
-            raise VerificationError(message, "download the model again")
+    if missing:
+        message = f"{index} names {min(missing)[:80]!r}, which is not a .safetensors file of the folder"
+        raise VerificationError(message, "download the model again")
+    if others:
+        message = f"{folder} has {min(others)[:80]!r}, which transformers does not read but llama.cpp's converter does"
+        raise VerificationError(message, f"keep only {_WHOLE}, or the files that {_INDEX} names")
+
+
+def _named_in(index: Path) -> set[str]:
+    """The files that an index names."""
+    weights = dict(entries(read_json(index))).get("weight_map")
+    return set(map(str, weights.values())) if isinstance(weights, dict) else {str(weights)}
+
+
+def _without_index(names: set[str]) -> set[str]:
+    """The files of the model in a folder without an index: one file, or all parts of the set with the most."""
+    totals = [match[1] for name in names if (match := _SHARD.fullmatch(name))]
+    if _WHOLE in names or not totals:
+        return names & {_WHOLE}
+    total = max(totals, key=int)
+    return {f"model-{part:0{len(total)}}-of-{total}.safetensors" for part in range(1, int(total) + 1)}
 
 
 def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> None:

@@ -29,6 +29,9 @@ MULTIMODAL = '{"model_type": "gemma3", "text_config": {"model_type": "gemma3_tex
 LLAMA = '{"model_type": "llama"}'
 INDEX = "model.safetensors.index.json"
 ELSEWHERE = '{"weight_map": {"a": "../x.safetensors", "b": "model.safetensors"}}'
+WHOLE = {"config.json": LLAMA, "model.safetensors": ""}
+PART = "model-00001-of-00001.safetensors"
+PARTS = json.dumps({"weight_map": {"a": PART}})
 GEMMA4 = {
     "model_type": "gemma4_text",
     "num_hidden_layers": 2,
@@ -205,6 +208,19 @@ def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
         ({"config.json": LLAMA, "model.safetensors": "", INDEX: ELSEWHERE}, VerificationError, "names '../x.safe"),
         ({"config.json": LLAMA, "model.safetensors": "", INDEX: "[]"}, VerificationError, "names 'None'"),
         ({"config.json": LLAMA, "model-00002-of-00003.safetensors": ""}, VerificationError, "has 1 of the 3 .safeten"),
+        ({**WHOLE, "model_old.safetensors": ""}, VerificationError, "has 'model_old.safetensors', which transformers"),
+        (
+            {**WHOLE, "model-00001-of-00001.safetensors": ""},
+            VerificationError,
+            "has 'model-00001-of-00001.safetensors'",
+        ),
+        ({"config.json": LLAMA, "model-x.safetensors": ""}, VerificationError, "keep only model.safetensors, or the"),
+        ({**WHOLE, PART: "", INDEX: PARTS}, VerificationError, "has 'model.safetensors'"),
+        (
+            {"config.json": LLAMA, "model-1-of-2.safetensors": "", INDEX: PARTS},
+            VerificationError,
+            "has 0 of the 1 ",
+        ),
         ({"config.json": MULTIMODAL}, IncompatibleError, "is a multimodal model (gemma3), of which only the text part"),
         ({"config.json": MULTIMODAL.replace("gemma3", "gemma3n")}, IncompatibleError, "architecture 'gemma3n_text' of"),
     ],
