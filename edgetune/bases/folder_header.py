@@ -20,6 +20,7 @@ from edgetune_export.hf_folder import read_config
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
+from edgetune_runtime.formats.regular_file import reading
 
 HEADER_BYTES_PER_TOKEN = 36
 """Size of the tokenizer in a GGUF file, per token; measured on SmolLM2: 1.79 MB for 49,152 tokens."""
@@ -30,6 +31,8 @@ _OF_MULTIMODAL = "model.language_model."
 """The beginning of names where others have `model.`."""
 _OF_ENCODER = re.compile(r"(?:\w+\.)?((?:(?:encoder|transformer)\.layer\.\d+\..+|embeddings_project))\.weight")
 """The weights of an encoder's modules, whose names some folders begin with its model_type."""
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library."""
 _F16 = TENSOR_TYPES["f16"].number
 
 
@@ -91,10 +94,11 @@ def _parts(name: str, architecture: Architecture) -> list[str]:
 def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of each tensor of a .safetensors file: 8 bytes of header length, then a JSON header."""
     try:
-        with file.open("rb") as opened:
+        with reading(file) as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            # Do not allocate memory for a damaged length.
-            head: Mapping[str, Any] = json.loads(opened.read(min(length, file.stat().st_size)))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError("the header is too long")
+            head: Mapping[str, Any] = json.loads(opened.read(length))
         end = max((entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"), default=0)
         if file.stat().st_size != 8 + length + end:
             raise ValueError("the file is truncated")

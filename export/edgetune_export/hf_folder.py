@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.formats.regular_file import reading
 
 CONFIG_NAME = "config.json"
 _SETTINGS = "*config*.json"
 """The files that transformers takes settings from."""
+_MAX_JSON_BYTES = 1 << 26
 _REFUSED = {
     "auto_map": "which makes transformers run Python files of the folder",
     "configuration_files": "which makes transformers read another file instead",
@@ -21,10 +23,14 @@ _REFUSED = {
 def read_config(folder: Path) -> Mapping[str, Any]:
     """The contents of config.json.
 
-    Raises NotFoundError if there is none, VerificationError if it is not a JSON object, and IncompatibleError if one of
-    the folder's settings names code to run, or another file to read instead.
+    Raises NotFoundError if there is none, VerificationError if it is not a JSON object or the folder has a pipe or a
+    device, and IncompatibleError if one of the folder's settings names code to run, or another file to read instead.
     """
     path = folder / CONFIG_NAME
+    # transformers and llama.cpp's converter open many files by name, and a pipe would wait for a writer.
+    for other in sorted(folder.glob("*")):
+        if other.exists() and not (other.is_file() or other.is_dir()):
+            raise VerificationError(f"{other} is not a regular file", "download the model again")
     if not path.is_file():
         remedy = "use a Hugging Face model folder, a .gguf file or a hub id"
         raise NotFoundError(f"{folder} has no {CONFIG_NAME}", remedy)
@@ -57,8 +63,13 @@ def _refuse_code(path: Path, settings: object) -> None:
 
 
 def read_json(path: Path) -> object:
-    """The JSON in a file; VerificationError if it is not JSON."""
+    """The JSON in a file; VerificationError if it is not JSON, or too long."""
+    with reading(path) as file:
+        text = file.read(_MAX_JSON_BYTES + 1)
+    if len(text) > _MAX_JSON_BYTES:
+        message = f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB, the most that is read of it"
+        raise VerificationError(message, "download the model again")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise VerificationError(f"{path} is not JSON: {error}", "download the model again") from error

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_a_damaged_or_cut_off_safetensors_file_is_an_error(tiny_folder: Callable
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(VerificationError, match=r"is not a whole \.safetensors file; download the model again"):
             predict_header(tmp_path)
+
+
+def test_weights_that_are_no_regular_file_or_have_a_long_header_are_an_error(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = (tiny_folder("llama") / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    weights = tmp_path / "model.safetensors"
+    weights.mkdir()
+    with pytest.raises(VerificationError, match=r"model\.safetensors is not a regular file"):
+        predict_header(tmp_path)
+    weights.rmdir()
+    weights.write_bytes((1 << 30).to_bytes(8, "little"))
+    with weights.open("ab") as file:
+        file.truncate(1 << 31)
+    tracemalloc.start()
+    with pytest.raises(VerificationError, match=r"is not a whole \.safetensors file"):
+        predict_header(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
 
 
 def test_the_needs_of_a_folder_are_those_of_its_file(

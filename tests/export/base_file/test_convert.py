@@ -237,6 +237,30 @@ def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX, "tokenizer.model", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_folder_with_a_pipe_or_a_device_is_refused_at_once(name: str, kind: str, tmp_path: Path) -> None:
+    for file, text in WHOLE.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    message = f"{tmp_path / name} is not a regular file; download the model again"
+    assert_refused(VerificationError, message, lambda: check_folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_of_a_folder_is_read_up_to_a_limit(name: str, tmp_path: Path) -> None:
+    for file, text in WHOLE.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 1 << 30)
+    message = f"{tmp_path / name} is larger than 64 MiB"
+    assert_refused(VerificationError, message, lambda: check_folder(tmp_path))
+
+
 def write_code(folder: Path, **changes: dict[str, Any]) -> Path:
     """Change JSON files of a folder, and give it a class of its own; the returned file appears when that is run."""
     marker = folder / "ran"
