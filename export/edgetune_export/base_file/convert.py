@@ -34,7 +34,8 @@ SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
 _PROGRAM = Path(__file__).with_name("run_converter.py")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-_MAX_LAYERS = 1024
+MAX_LAYERS = 1024
+"""The most layers of a base that is read: a damaged number would take all memory."""
 WEIGHT_FILES = "model*.safetensors"
 """The names of the files with weights."""
 _WHOLE = "model.safetensors"
@@ -139,7 +140,7 @@ def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> Non
 
 def _check_sizes(config: Mapping[str, Any], path: Path) -> None:
     for key in ENTRIES:
-        value, maximum = config.get(key), _MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        value, maximum = config.get(key), MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
         if not (value is None or (type(value) is int and 0 < value <= maximum)):
             raise VerificationError(f"{path} has {key} {str(value)[:80]!r}", "download the model again")
 

@@ -64,6 +64,14 @@ ADAPTERS: dict[str, Any] = {
         "method": {"name": "lora", "r": 2, "use_rslora": True, "target_modules": ["query", "value"]},
     },
 }
+ADDED = {
+    "content": "<name>",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
 
 
 @dataclass(frozen=True)
@@ -386,6 +394,50 @@ def test_an_encoder_without_positions_is_refused(
     (folder / "config.json").write_text(json.dumps({**config, key: value}), encoding="utf-8")
     with pytest.raises(VerificationError, match=f"config.json has .*{key} {value}.*; get the model again"):
         encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
+
+
+def changed(folder: Path, file: str, change: Callable[[dict[str, Any]], object]) -> None:
+    found = json.loads((folder / file).read_text(encoding="utf-8"))
+    change(found)
+    (folder / file).write_text(json.dumps(found), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "last"),
+    [
+        (lambda found: found["model"]["vocab"].update(kitchen=9000), 9000),
+        (lambda found: found["added_tokens"].append({**ADDED, "id": 30}), 30),
+        (lambda found: found["post_processor"]["special_tokens"]["[CLS]"].update(ids=[9002]), 9002),
+    ],
+)
+def test_a_tokenizer_with_tokens_without_an_embedding_is_refused(
+    change: Callable[[dict[str, Any]], object], last: int, tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
+    changed(folder, "tokenizer.json", change)
+    rows = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    message = f"embeddings for {rows} tokens, .* up to {last}; call model.resize_token_embeddings.{last + 1}."
+    with pytest.raises(IncompatibleError, match=message):
+        encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
+
+
+@pytest.mark.parametrize("layers", [0, 10**6])
+def test_an_encoder_of_no_or_too_many_layers_is_refused(
+    layers: int, tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
+    changed(folder, "config.json", lambda found: found.update(num_hidden_layers=layers))
+    with pytest.raises(VerificationError, match=rf"config\.json has {layers} layers, and an encoder has 1 to 1024"):
+        encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
+
+
+def test_an_encoder_in_chunks_computes_the_same(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
+    changed(folder, "config.json", lambda found: found.update(chunk_size_feed_forward=3))
+    model = encoder_base.load_torch(encoder_of(Recipe.from_file(write_recipe(tmp_path, folder))), torch.float32)
+    tokens = torch.tensor([[2, 5, 6, 3]])
+    whole = load_encoder(tiny_encoder("bert"))(tokens).last_hidden_state
+    torch.testing.assert_close(model.eval()(tokens).last_hidden_state, whole)
 
 
 def test_sizes_have_one_name_for_all_architectures(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
