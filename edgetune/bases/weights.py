@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from edgetune_export.base_file.grid import Bytes, Grid, dither_of, grid_of
 from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_export.base_file.rotation import frequency_divisors
 from edgetune_export.empty_weights import empty_weights
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -86,8 +87,9 @@ def model_of(
     its architecture stay in the GGUF file, and are not parameters. Parameters without a tensor there stay on the
     meta device.
 
-    Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
-    has an unknown type, an embedding is missing, or the rotary embedding is scaled in an unsupported way.
+    Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, VerificationError if one
+    has values that are not finite, IncompatibleError if one has an unknown type, an embedding is missing, or the rotary
+    embedding is scaled in an unsupported way.
     """
     with empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -148,12 +150,16 @@ class GgufWeights:
     def values(self, parameter: str) -> torch.Tensor:
         """The dequantized values in float32 and in the parameter's shape; see `dequantize_rows` for errors.
 
-        Raises IncompatibleError if the file has no such parameter.
+        Raises IncompatibleError if the file has no such parameter, VerificationError if a value is NaN or infinite.
         """
         data, tensor = self._bytes(parameter)
         # Allocated by torch for its alignment, which makes matrix products faster.
         values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
         dequantize_rows(data, tensor, out=values.numpy())
+        if not is_finite(values):
+            message = f"tensor {tensor.name} of the base {self._path} has values that are NaN or infinite"
+            remedy = "get the base again, or set quantization: bf16 if its weights are beyond the range of f16"
+            raise VerificationError(message, remedy)
         if (columns := base_columns(tensor, self._header)) is not None:
             values[:, columns] = values.clone()
         return torch.from_numpy(as_parameter(values.numpy(), tensor, self._header))
@@ -202,6 +208,11 @@ class GgufWeights:
         """Values per row of a tensor, in the order of the Hugging Face model's rows."""
         order = base_rows(tensor, self._header)
         return values if order is None else values.reshape(tensor.shape[-1], -1)[np.argsort(order)]
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; needs no memory for a mask."""
+    return values.numel() == 0 or all(math.isfinite(bound) for bound in torch.aminmax(values))
 
 
 def _mapped(weights: Iterator[tuple[str, torch.Tensor]], path: Path) -> dict[str, torch.Tensor]:

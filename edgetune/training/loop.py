@@ -371,9 +371,15 @@ class _Run:
         return point
 
     def _require_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            message = f"the loss is {loss} at step {step}"
-            raise EdgetuneError(message, "lower training.learning_rate or set training.precision: fp32")
+        if math.isfinite(loss):
+            return
+        remedy = "lower training.learning_rate"
+        if self.state.step == 0:
+            # Nothing has been learned yet.
+            remedy = "check the base and start_from for weights that are NaN, infinite or huge"
+        if self.precision != "fp32":
+            remedy = f"{remedy} or set training.precision: fp32"
+        raise EdgetuneError(f"the loss is {loss} at step {step}", remedy)
 
     def _is_validation_due(self) -> bool:
         """Whether validation is due after the last step; also true when a run was interrupted while validating."""

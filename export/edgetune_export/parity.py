@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -158,9 +159,14 @@ def check(
         limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
         limit = max([limit, *(TOLERANCE_KL_FILE.get(name, loosest) for name in types)])
-    # In this form NaN fails too.
-    if not parity.kl <= limit:
-        subject = "the plain base" if name is None else f"adapter {name!r}"
+    subject = "the plain base" if name is None else f"adapter {name!r}"
+    if not math.isfinite(parity.kl):
+        message = (
+            f"{subject} has logits that are NaN or infinite, in the trained model or the exported one: "
+            f"mean KL {parity.kl} on {parity.tokens} tokens"
+        )
+        raise VerificationError(message, "look for weights that are NaN, infinite or beyond the range of f16")
+    if parity.kl > limit:
         message = (
             f"{subject} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
             f"expected at most {limit:.2g} on a {weight_type} base ({parity.top1:.0%} of top tokens agree)"

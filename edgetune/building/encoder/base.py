@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from edgetune import bases
 from edgetune.bases import BaseSource
+from edgetune.bases.weights import is_finite
 
 _SAVE_AGAIN = "save it with save_pretrained of transformers"
 # The config must not choose the attention: it may name a kernel to download. Chunks of the feed-forward layers save
@@ -85,7 +86,10 @@ def make(source: BaseSource) -> EncoderBase:
 
 
 def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
-    """The encoder as a transformers model on the CPU, without the pooler of BERT's next-sentence task."""
+    """The encoder as a transformers model on the CPU, without the pooler of BERT's next-sentence task.
+
+    IncompatibleError if transformers cannot load it, VerificationError if a weight is NaN or infinite.
+    """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -104,6 +108,10 @@ def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
         raise IncompatibleError(message, _SAVE_AGAIN)
     if hasattr(model, "pooler"):
         model.pooler = None
+    damaged = [key for key, parameter in model.named_parameters() if not is_finite(parameter.detach())]
+    if damaged:
+        message = f"base {base.name!r} has values that are NaN or infinite in {first_of(damaged, 1)}"
+        raise VerificationError(message, "get the model again")
     return model
 
 

@@ -24,7 +24,7 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import read_header
 from ports import http_server
@@ -338,6 +338,17 @@ def test_a_base_with_tensors_that_torch_would_leave_out_is_refused(
     rewritten(tiny_gguf("qwen3"), tmp_path / "biased.gguf", tensors=biases)
     message = "base 'biased.gguf' has blk.0.attn_output.bias and 1 more, which its model in transformers lacks"
     assert_refused(IncompatibleError, message, lambda: load_torch(resolve("biased.gguf"), torch.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_base_with_a_weight_that_is_not_finite_is_refused_by_tensor(
+    value: float, tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base], tmp_path: Path
+) -> None:
+    norm = np.ones(64, np.float32)
+    norm[3] = value
+    rewritten(tiny_gguf("llama"), tmp_path / "nan.gguf", tensors={"blk.1.attn_norm.weight": norm})
+    message = f"tensor blk.1.attn_norm.weight of the base {tmp_path / 'nan.gguf'} has values that are NaN or infinite"
+    assert_refused(VerificationError, message, lambda: load_torch(resolve("nan.gguf"), torch.float32))
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "smollm3"])

@@ -377,6 +377,14 @@ def test_a_loss_that_is_no_number_is_an_error_with_a_remedy(
     assert not (tmp_path / "run/adapter").exists()
 
 
+def test_a_loss_that_is_no_number_at_the_first_step_is_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
+    base = make_model("llama", VOCABULARY)
+    with torch.no_grad():
+        base.get_parameter("model.norm.weight")[0] = float("nan")
+    with pytest.raises(EdgetuneError, match=r"^the loss is nan at step 1; check the base and start_from for weights"):
+        train(base, job(max_steps=2, precision="fp32"), tmp_path / "run", QUIET)
+
+
 def test_the_seed_decides_the_weights(run: Callable[..., Any], tmp_path: Path) -> None:
     for folder, seed in (("one", 1), ("again", 1), ("two", 2)):
         run(job(seed=seed, max_steps=2), folder)

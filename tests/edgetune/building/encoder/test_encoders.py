@@ -305,6 +305,18 @@ def test_a_base_without_its_files_is_refused(built: Built, tmp_path: Path) -> No
         encoder_base.load_torch(base, torch.float32)
 
 
+def test_an_encoder_with_a_weight_that_is_not_finite_is_refused_by_tensor(
+    tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    base = encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
+    with pytest.raises(VerificationError, match=r"NaN or infinite in encoder\.layer\.1\.output\.dense\.weight"):
+        encoder_base.load_torch(base, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("file", "settings", "message"),
     [
