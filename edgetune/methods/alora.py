@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Folded
 from edgetune_export.architectures.base import OUTPUT_LAYER
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.states.activation import start_of
 from edgetune_runtime.text.chat import render
 from pydantic import Field, NonNegativeInt
@@ -110,8 +110,16 @@ class Alora(Lora[AloraOptions]):
         return ActivatedNextToken(options.invocation_tokens)
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """Read from the folder, with its invocation tokens."""
-        return fold_peft(checkpoint.folder, checkpoint.name, self.name)
+        """Read from the folder, with its invocation tokens. IncompatibleError if the base has no such tokens."""
+        folded = fold_peft(checkpoint.folder, checkpoint.name, self.name)
+        vocabulary = checkpoint.base.config.get_text_config().vocab_size
+        if max(folded.invocation, default=0) >= vocabulary:
+            message = (
+                f"adapter {folded.name!r} has the invocation token {max(folded.invocation)}, which the vocabulary of "
+                f"{vocabulary} tokens lacks, so it would never act"
+            )
+            raise IncompatibleError(message, "use the base that the adapter was trained on")
+        return folded
 
 
 def _tokens(options: AloraOptions, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 from edgetune_export.adapters.shapes import LowRank
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tiny import FEW, make_encoder, make_model
@@ -156,6 +156,18 @@ def test_the_folder_is_pefts_and_folds_with_its_invocation(tmp_path: Path) -> No
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
         torch.testing.assert_close(torch.from_numpy(delta.b @ delta.a), product.detach(), rtol=1e-4, atol=1e-6)
     assert ALORA.shapes(ALORA.options()) == ("low_rank",)
+
+
+def test_an_invocation_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    ALORA.save(attached("llama"), tmp_path)
+    checkpoint = checkpoint_of(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for token, is_refused in ((VOCABULARY - 1, False), (VOCABULARY, True), (10**9, True)):
+        values = json.dumps({**config, "alora_invocation_tokens": [13, token]})
+        (tmp_path / "adapter_config.json").write_text(values)
+        expected = pytest.raises(IncompatibleError, match=f"token {token}, .* {VOCABULARY} tokens lacks")
+        with expected if is_refused else nullcontext():
+            ALORA.fold(checkpoint, "low_rank")
 
 
 def test_a_training_learns(tmp_path: Path) -> None:
