@@ -21,7 +21,7 @@ from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, is_signature_file
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import TEMPORARY, raising_disk_errors
 from edgetune_runtime.store.kit import version_key
-from edgetune_runtime.update.release import BLOBS_FOLDER, MOST_OLDER, Release, parse_release, path_of, role_of_part
+from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part
 from filelock import FileLock, Timeout
 from securesystemslib.signer import Key
 
@@ -222,8 +222,9 @@ def locked(repo: Path) -> Iterator[None]:
         try:
             with FileLock(repo / _LOCK, blocking=False, is_singleton=True):
                 # Of publishes that were killed.
-                for path in (repo / BLOBS_FOLDER).glob(f".*{TEMPORARY}*"):
-                    path.unlink()
+                for depth in ("*", "*/*"):
+                    for path in filter(Path.is_file, repo.glob(f"{depth}/.*{TEMPORARY}*")):
+                        path.unlink()
                 yield
         except Timeout as error:
             raise UsageError(f"another publish is using {repo}", "wait until it has ended") from error

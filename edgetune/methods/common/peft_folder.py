@@ -49,7 +49,7 @@ def load_peft_folder(folder: Path, base: PreTrainedModel) -> PeftModel:
             model = _loaded(folder, copy, {name: values.to("meta") for name, values in tensors.items()})
         _check_changes(model, base_values, tensors, folder / WEIGHTS_NAME)
         return _loaded(folder, base, tensors)
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise IncompatibleError(f"PEFT cannot load {folder}: {_reason(error)}", "save the adapter again") from error
 
 

@@ -27,7 +27,7 @@ from edgetune.recipe.parts import Metric
 from .corrections import is_redacted_as_a_whole, problem_with, row_of, unfit
 
 SKIP, QUIT = "s", "q"
-_YES_OR_NO = {"y", "yes", "n", "no", "j", "ja", "nein"}
+_YES, _NO = ("y", "yes", "j", "ja"), ("n", "no", "nein")
 _QUESTION = "\nright answer (Enter: this one is right): "
 HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the right answer."
 
@@ -84,13 +84,17 @@ def _reply(entry: LoggedAnswer, question: str, read: Callable[[str], str], manif
             return None
         if text == SKIP:
             return entry
+        if not text and last.lower() in _NO:
+            question = f"{last!r} is no right answer{_QUESTION}"
+            continue
         try:
             reply = entry.with_correction(text or None)
         except UsageError as error:
             question = f"{error}{_QUESTION}"
             continue
         problem = _problem(manifest, entry, reply.correction or "")
-        if problem is None and text.lower() in _YES_OR_NO and text != last:
+        is_free = not manifest.adapters[str(entry.adapter)].labels
+        if problem is None and is_free and text.lower() in _YES + _NO and text != last:
             problem = "would be learned as the answer: type it again if it is"
         if problem is None:
             return reply

@@ -28,7 +28,7 @@ def replacing(out: Path) -> Iterator[Path]:
     with raising_out_of_space(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     # In a folder that others may write to, they could put a link at a name that can be known.
-    temporary = out.with_name(f".{out.name}{TEMPORARY}{secrets.token_hex(8)}")
+    temporary = out.with_name(f".{out.name}{TEMPORARY}{secrets.token_hex(6)}")
     try:
         with raising_out_of_space(out):
             yield temporary

@@ -128,14 +128,17 @@ class Answering:
         return [_normalized(each.vector) for each in found], sum(each.tokens for each in found)
 
     async def labels(self, request: ClassifyRequest) -> list[Classification]:
-        """The label of each text; the errors of `Runtime.classify`, and those of `embeddings` for many texts."""
+        """The label of each text; the errors of `Runtime.classify`, and those of `embeddings` for many texts.
+
+        Of more texts than a request may have answers, none is logged: redaction may take seconds for each.
+        """
         classify = partial(self.runtime.classify, adapter=request.adapters, **request.options)
         found, logs = await self._each(request.texts, classify, "classified"), list[Callable[[], object]]()
         for index, (text, one) in enumerate(zip(request.texts, found, strict=True)):
             adapters = request.adapters if one.route is None else one.route.adapter
             self.metrics.count_sureness(adapters, one)
             name = adapter_name(adapters)
-            if self.log is not None and name is not None:
+            if self.log is not None and name is not None and len(found) <= self.limits.answers:
                 about = partial(self.log.answered, text, one.label, adapter=name, confidence=one.confidence)
                 logs.append(partial(about, answer_id=answer_id(request.id, index)))
         await self._write_logs(logs)
@@ -236,7 +239,7 @@ class Answering:
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
 
     async def _each(self, texts: Sequence[str], call: Callable[[str], Awaitable[T]], done: str) -> list[T]:
-        """What `call` gives for each text; RequestError for too many texts and if they take too long."""
+        """What `call` gives for each text; RequestError for a wrong one, too many, and if they take too long."""
         if len(texts) > _MAX_TEXTS:
             remedy = f"send at most {_MAX_TEXTS} per request"
             raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
@@ -244,7 +247,13 @@ class Answering:
         async with self._place(ARRIVED.get(time.monotonic())) as end_s:
             for text in texts:
                 self._check(end_s, f"{len(found)} of {len(texts)} texts were {done} within {limit_s:g} s")
-                found.append(await call(text))
+                try:
+                    found.append(await call(text))
+                except UsageError as error:
+                    # What is wrong with all texts is wrong with the first one.
+                    if not found:
+                        raise
+                    raise RequestError(f"input[{len(found)}]: {error.message}", error.remedy, param="input") from error
         await self.good_answers.add()
         return found
 

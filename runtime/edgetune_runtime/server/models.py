@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from edgetune_runtime.bundle import AUTO, GENERATE, Manifest, bytes_of_model, digest_of_model
+from edgetune_runtime.bundle import AUTO, CLASSIFY, GENERATE, Manifest, bytes_of_model, digest_of_model
 from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
@@ -56,13 +56,14 @@ class Models:
     ) -> None:
         self._route, router = route, manifest.router
         self.manifest, self.engine, self._rewriters = manifest, engine, frozenset(rewriters)
-        taken = (manifest.name, *manifest.adapters, *([AUTO] if self._routes() else []))
+        has_router = self._routes(GENERATE) or self._routes(CLASSIFY)
+        taken = (manifest.name, *manifest.adapters, *([AUTO] if has_router else []))
         self.hidden = [name for name in rewriters if name in taken or rewriters.count(name) > 1]
         base = None if manifest.name in manifest.adapters else manifest.name
         files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
         infos = [] if base is None else [self._info("base", base, manifest.base.files[engine])]
         infos += [self._info("adapter", name, file) for name, file in files.items() if file is not None]
-        infos += [self._info("router", AUTO, router.file)] if router is not None and self._routes() else []
+        infos += [self._info("router", AUTO, router.file)] if router is not None and has_router else []
         infos += [self._info("rewriter", name, manifest.base.files[engine]) for name in rewriters]
         self.listed: Mapping[str, ModelInfo] = {info.name: info for info in infos}
 
@@ -96,7 +97,7 @@ class Models:
         name = fields.needed_text("model")
         chosen = self.adapters(name)
         if fields.values.get("adapters") is None:
-            return self._routed(prompts) if chosen == AUTO and self._routes() else (name, chosen, None)
+            return self._routed(prompts) if chosen == AUTO and self._routes(GENERATE) else (name, chosen, None)
         if chosen is not None:
             message = f"adapters are given, and model {name!r} is an adapter"
             raise RequestError(message, f"give model {self.manifest.name!r}, or no adapters", param="adapters")
@@ -111,6 +112,9 @@ class Models:
             return plain_name
         if plain_name == self.manifest.name:
             return None
+        if plain_name in self.listed:
+            other = "/v1/classify" if call == GENERATE else "a chat"
+            raise RequestError(f"model {name!r} is not for such requests", f"use it for {other}", param="model")
         scales: dict[str, float] = {}
         for part in plain_name.split("+"):
             adapter, colon, scale = part.partition(":")
@@ -119,7 +123,7 @@ class Models:
             scales[adapter] = self._scale(scale, name) if colon else self.manifest.adapters[adapter].scale
         return scales
 
-    def _routes(self, call: str = GENERATE) -> bool:
+    def _routes(self, call: str) -> bool:
         """Whether the bundle's router chooses the adapter of such calls."""
         router = self.manifest.router
         return self._route is not None and router is not None and call in router.calls

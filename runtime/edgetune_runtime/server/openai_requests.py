@@ -85,7 +85,7 @@ def classify_request(body: Mapping[str, Any], models: Models) -> ClassifyRequest
     The labels are the adapter's: how long those of a client would take is not bounded.
     """
     fields = Fields(body)
-    fields.forbid({"labels": []})
+    fields.forbid({"labels": [], "adapters": {}})
     model, texts = fields.needed_text("model"), fields.texts("input")
     if not texts:
         fields.refuse("input", "a string or a list of strings")

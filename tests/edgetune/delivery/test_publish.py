@@ -490,10 +490,12 @@ def test_a_repository_whose_copy_was_cut_off_is_not_taken_for_a_new_one(publishe
 
 def test_what_killed_publishes_have_left_is_deleted(publisher: Publisher) -> None:
     publisher("one")
-    left = publisher.repo / "blobs" / ".12ba.tmp-34cd"
-    left.write_text("half of a file")
+    left = [publisher.repo / name / ".12ba.tmp-34cd" for name in ("blobs", "metadata", "targets/home")]
+    for path in left:
+        path.write_text("half of a file")
+    (publisher.repo / "blobs/.folder.tmp-12").mkdir()
     publisher("two")
-    assert not left.exists()
+    assert not any(path.exists() for path in left)
 
 
 def test_a_pipe_in_a_repository_is_not_waited_for(publisher: Publisher) -> None:

@@ -61,6 +61,8 @@ def test_a_label_that_is_less_sure_than_asked_for_is_marked_and_counted(sure: Ru
         ({"input": [1]}, 400, "a string or a list of strings"),
         ({"input": ["play"] * 2049}, 400, "input has 2049 texts; send at most 2048 per request"),
         ({"labels": ["red", "green"]}, 400, "labels is not supported"),
+        ({"adapters": ["command"]}, 400, "adapters is not supported"),
+        ({"input": ["play", "play " * 2000]}, 400, "input[1]: the prompt has"),
         ({"model": "command"}, 400, "there are no labels to choose from"),
         ({"model": "auto"}, 404, "model 'auto' not found"),
         ({"min_confidence": 2}, 400, "min_confidence is 2"),
@@ -77,8 +79,13 @@ def test_a_request_that_cannot_be_answered_is_one_line(
 def test_the_router_chooses_among_adapters_with_labels(sure_bundle: Path, tmp_path: Path, start: Start) -> None:
     home = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
     add_router(home, {CLASSIFY: {"tone": "play", "command": "lamp"}})
-    (one,) = post(start(home), model="auto", input="play").json()["data"]
+    server = start(home)
+    (one,) = post(server, model="auto", input="play").json()["data"]
     assert (one["route"]["adapter"], one["route"]["is_known"]) == ("tone", True)
+    assert "auto" in [model["id"] for model in server.client.get("/v1/models").json()["data"]]
+    chat = {"model": "auto", "messages": [{"role": "user", "content": "play"}]}
+    told = server.client.post("/v1/chat/completions", json=chat).json()["error"]["message"]
+    assert told == "model 'auto' is not for such requests; use it for /v1/classify"
 
 
 def test_an_encoder_answers_with_the_labels_of_its_adapter(encoder_bundle: Path, start: Start) -> None:
@@ -96,3 +103,5 @@ def test_labels_are_logged_and_can_be_corrected(start: Start, tmp_path: Path) ->
     entries = read_answer_log(tmp_path / "answers.jsonl", server.runtime.manifest)
     assert [(entry.adapter, entry.answer) for entry in entries] == [("tone", one["label"]) for one in reply["data"]]
     assert [entry.correction for entry in entries] == [None, "calm"]
+    assert post(server, input=["play"] * 100).status_code == 200
+    assert len(read_answer_log(tmp_path / "answers.jsonl", server.runtime.manifest)) == len(entries)

@@ -476,7 +476,7 @@ def test_what_is_typed_has_to_be_text_and_to_be_written(home: Path, tmp_path: Pa
 
 def test_yes_and_no_are_learned_only_if_they_are_typed_twice(home: Path) -> None:
     log = logged(home, [{"prompt": "lamp"}, {"prompt": "blind"}])
-    lines, said = iter(["y\n", "\n", "no\n", "no\n"]), list[str]()
+    lines, said = iter(["y\n", "\n", "no\n", "\n", "no\n", "no\n"]), list[str]()
 
     def read(question: str) -> str:
         said.append(question)
@@ -486,6 +486,7 @@ def test_yes_and_no_are_learned_only_if_they_are_typed_twice(home: Path) -> None
     answers = [*ask(entries, read, read_manifest(home))]
     assert [answer.correction for answer in answers] == [entries[0].answer, "no"]
     assert "'y' would be learned as the answer: type it again if it is" in said[1]
+    assert "'no' is no right answer" in said[4]
 
 
 def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
