@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
-from edgetune_runtime.formats.regular_file import reading
+from edgetune_runtime.formats.regular_file import read_up_to
 
 CONFIG_NAME = "config.json"
 _SETTINGS = "*config*.json"
@@ -64,9 +64,8 @@ def _refuse_code(path: Path, settings: object) -> None:
 
 def read_json(path: Path) -> object:
     """The JSON in a file; VerificationError if it is not JSON, or too long."""
-    with reading(path) as file:
-        text = file.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
+    text = read_up_to(path, _MAX_JSON_BYTES)
+    if text is None:
         message = f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB, the most that is read of it"
         raise VerificationError(message, "download the model again")
     try:

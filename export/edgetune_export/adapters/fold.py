@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError, parsing
-from edgetune_runtime.formats.regular_file import reading
+from edgetune_runtime.formats.regular_file import read_up_to
 from edgetune_runtime.wording import first_line, first_of
 from safetensors import SafetensorError, deserialize, safe_open
 
@@ -127,9 +127,8 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / CONFIG_NAME
     try:
         with parsing(f"{path} is not JSON", SAVE_AGAIN):
-            with reading(path) as file:
-                text = file.read(_LONGEST_CONFIG + 1)
-            if len(text) > _LONGEST_CONFIG:
+            text = read_up_to(path, _LONGEST_CONFIG)
+            if text is None:
                 raise VerificationError(f"{path} has more than {_LONGEST_CONFIG} bytes", SAVE_AGAIN)
             config = json.loads(text.decode())
     except NotFoundError as error:

@@ -28,6 +28,13 @@ def reading(path: Path) -> Iterator[BinaryIO]:
         raise VerificationError(message, "give the file itself, and check its permissions") from error
 
 
+def read_up_to(path: Path, most_bytes: int) -> bytes | None:
+    """The contents of a regular file, None if it is longer; errors as of `reading`."""
+    with reading(path) as file:
+        data = file.read(most_bytes + 1)
+    return data if len(data) <= most_bytes else None
+
+
 def open_regular(path: Path, *, follows_links: bool) -> BinaryIO:
     """The regular file at `path`, opened for reading; OSError for anything else."""
     # Windows has no such files, and no such flags but the first.

@@ -104,7 +104,7 @@ class Models:
         return name, self._listed(fields), None
 
     def adapters(self, name: str, call: str = GENERATE) -> Adapters:
-        """The adapters of a model name; RequestError (404) if there is no such model for this kind of call."""
+        """The adapters of a model name; RequestError (404) if there is no such model, and for one of other calls."""
         plain_name = base_name(name)
         if plain_name in self._rewriters:
             return None

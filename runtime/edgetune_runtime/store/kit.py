@@ -14,7 +14,7 @@ from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.bundle.parts import identity
 from edgetune_runtime.bundle.records import MANIFEST_NAME
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
-from edgetune_runtime.formats.regular_file import reading
+from edgetune_runtime.formats.regular_file import read_up_to
 from edgetune_runtime.type_checks import DIGEST, MOST_BYTES, WORD, matching, whole
 
 from .opening import Opening, parse_opening
@@ -243,9 +243,8 @@ def _sums(text: str) -> dict[str, str]:
 def kit_text(path: Path, remedy: str = COPY_AGAIN) -> str:
     """kit.json or SHA256SUMS; errors as of `read_kit`."""
     try:
-        with reading(path) as file:
-            data = file.read(_MOST_TEXT_BYTES + 1)
-        if len(data) > _MOST_TEXT_BYTES:
+        data = read_up_to(path, _MOST_TEXT_BYTES)
+        if data is None:
             raise VerificationError(f"{path} has more than {_MOST_TEXT_BYTES} bytes", remedy)
         return data.decode()
     except NotFoundError as error:
