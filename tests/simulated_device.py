@@ -32,6 +32,10 @@ class _Module(_DummyBackendModule):
         """That of `register`."""
         return [torch.bfloat16]
 
+    @staticmethod
+    def empty_cache() -> None:
+        """Nothing, as tensors are of the CPU."""
+
 
 class _OnDevice(torch.Tensor):
     """A tensor of the device; `held` has its values."""
@@ -98,6 +102,8 @@ def simulated() -> Iterator[torch.device]:
 def register() -> None:
     """Make the device and its autocast to bf16 known to torch, in this process and for good."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
+    # A backend in Python has no allocator, whose cache Accelerate empties from 1.16 on.
+    torch.accelerator.empty_cache = _Module.empty_cache
     # Freed libraries would take their kernels with them.
     _LIBRARIES.extend(torch.library.Library(name, "IMPL", _AUTOCAST) for name in ("_", "aten"))
     others, aten = _LIBRARIES
