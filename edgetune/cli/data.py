@@ -52,7 +52,11 @@ def check(
     ] = None,
     minutes: Annotated[
         float | None,
-        data_option(metavar="N", min=1, help="Also train for N minutes per adapter to find wrong answers."),
+        data_option(
+            metavar="N",
+            min=1,
+            help="Train for N minutes per adapter to find wrong answers (default: its data's check_minutes).",
+        ),
     ] = None,
     out: Annotated[
         Path | None, output_option(metavar="FILE", help="Write the training rows without the bad ones, as .jsonl.")
@@ -71,9 +75,9 @@ def check(
     """Find rows that repeat, contradict each other, break the output, or have a wrong answer.
 
     Compares the rows of all splits: those to train on, for validation, for the confidence, and kept apart for a test.
-    With --minutes, adapters are trained on parts of the rows, and rows are ranked by how unlikely their answers are to
-    those that have not seen them. --out leaves out rows that cannot be used, repeat, are in another file too, or
-    probably have a wrong answer.
+    With --minutes, or `check_minutes` in an adapter's data, adapters are trained on parts of the rows, and rows are
+    ranked by how unlikely their answers are to those that have not seen them. --out leaves out rows that cannot be
+    used, repeat, are in another file too, or probably have a wrong answer.
     """
     from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
@@ -87,7 +91,8 @@ def check(
     loaded = Recipe.from_file(recipe, settings_of(settings))
     if out is not None and adapter is None and len(loaded.adapters) > 1:
         raise UsageError("--out is for the rows of one adapter", f"add --adapter {next(iter(loaded.adapters))}")
-    if weights and (out is None or minutes is None):
+    in_recipe = [spec.data.check_minutes for name, spec in loaded.adapters.items() if adapter in (None, name)]
+    if weights and (out is None or not any((minutes, *in_recipe))):
         raise UsageError("--weights needs an estimate of wrong answers, and a file", "add --minutes N --out FILE")
     tests = pairs_of(test or (), "--test", "NAME=FILE")
     if out is not None:

@@ -156,6 +156,8 @@ class DataSpec(RecipePart):
     """Which tokens count in the loss: those of the completions, or all."""
     augment: OrSwitch[AugmentSpec] = None
     """Changed copies of the training rows: true, or a mapping of options."""
+    check_minutes: float | None = Field(default=None, ge=1, le=1e6, allow_inf_nan=False)
+    """For how many minutes `edgetune data check` trains adapters to find wrong answers. null: it trains none."""
     _apart: Rows | None = PrivateAttr(default=None)
 
     @field_validator("validation")
@@ -165,6 +167,14 @@ class DataSpec(RecipePart):
             remedy = "give rows that are not learned, or remove it to hold some out"
             raise ValueError(f"{Path(validation).name} is also the data of train; {remedy}")
         return validation
+
+    @field_validator("confidence")
+    @classmethod
+    def _chooses_nothing(cls, confidence: str | Rows | None, info: ValidationInfo) -> str | Rows | None:
+        if isinstance(confidence, str) and confidence == info.data.get("validation"):
+            remedy = "give other rows, or remove it to take every second validation row"
+            raise ValueError(f"{Path(confidence).name} is also the data of validation; {remedy}")
+        return confidence
 
     @property
     def apart(self) -> Rows | None:

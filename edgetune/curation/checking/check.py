@@ -54,7 +54,8 @@ def check(
     """Check the rows of the recipe's tasks, or only those of `adapter`.
 
     `tests` are files of test rows by adapter; without one, NAME-test beside the training file is checked too. With
-    `minutes`, adapters are trained for about this long on each task to find wrong answers.
+    `minutes`, adapters are trained for about this long on each task to find wrong answers (default: `check_minutes` of
+    its data).
 
     Raises UsageError for an unknown adapter, and if a file cannot be read or has no row that can be used.
     """
@@ -116,6 +117,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         is_estimated,
         kinds,
     )
+    minutes = data.check_minutes if minutes is None else minutes
     if minutes is None:
         return check
     named = {where for finding in refused for where in finding.where}

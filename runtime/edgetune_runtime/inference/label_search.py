@@ -35,12 +35,19 @@ class LabelTree:
     that begin with it together: once the most probable prefix is a whole label, no other label is more probable.
     """
 
-    def __init__(self, labels: Sequence[Path], logits: Logits) -> None:
+    def __init__(self, labels: Sequence[Path], logits: Logits, expected: Sequence[float] | None = None) -> None:
+        """`logits` are those after the prompt. Labels with a higher value in `expected` are tried first."""
         self._labels = set(labels)
         self._following: dict[Path, set[int]] = {}
-        for label in labels:
+        # The token to follow a prefix with, before the logits after the prefix are known.
+        self._guesses: dict[Path, int] = {}
+        ranked = labels if expected is None else [labels[place] for place in np.argsort(expected, kind="stable")]
+        for label in ranked:
             for end, token in enumerate(label):
                 self._following.setdefault(label[:end], set()).add(token)
+                self._guesses[label[:end]] = token
+        if expected is None:
+            self._guesses = {path: min(tokens) for path, tokens in self._following.items() if len(tokens) == 1}
         # Each with its negative log probability.
         self._prefixes: list[tuple[float, Path]] = [(0.0, ())]
         self.add(logits[None])
@@ -56,21 +63,22 @@ class LabelTree:
         return self._prefixes[0][1] in self._labels
 
     def next(self) -> tuple[Path, int]:
-        """The most probable prefix with the tokens that have no alternative, and the number of rows for `add`."""
+        """The most probable prefix with the tokens that are expected after it, and the number of rows for `add`."""
         prefix = path = self._prefixes[0][1]
-        while len(self._following[path]) == 1 and (longer := (*path, *self._following[path])) not in self._labels:
+        while path in self._guesses and (longer := (*path, self._guesses[path])) not in self._labels:
             path = longer
         return path, len(path) - len(prefix) + 1
 
     def add(self, rows: Logits) -> None:
-        """Continue the most probable prefix with the logits after it and after each token without alternative."""
+        """Continue the most probable prefix with the logits after it and after each of the tokens of `next`."""
         nats, path = heappop(self._prefixes)
-        for row in rows:
-            total = log_total(row)
-            steps = [(nats + max(0.0, total - float(row[token])), (*path, token)) for token in self._following[path]]
-            nats, path = steps[0]
-        for step in steps:
-            heappush(self._prefixes, step)
+        for number, row in enumerate(rows, 1):
+            total, guess = log_total(row), self._guesses.get(path) if number < len(rows) else None
+            steps = {token: nats + max(0.0, total - float(row[token])) for token in self._following[path]}
+            for token in steps.keys() - {guess}:
+                heappush(self._prefixes, (steps[token], (*path, token)))
+            if guess is not None:
+                nats, path = steps[guess], (*path, guess)
 
     def known_scores(self) -> dict[Path, float]:
         """The log probability (nats) of each label that is known."""
@@ -81,15 +89,24 @@ class LabelTree:
         return float(np.logaddexp.reduce([-nats for nats, path in self._prefixes if path in self._following]))
 
 
-def score_labels(context: Context, logits: Logits, labels: Sequence[Path], *, exact: bool = False) -> LabelScores:
+def score_labels(
+    context: Context,
+    logits: Logits,
+    labels: Sequence[Path],
+    *,
+    expected: Sequence[float] | None = None,
+    exact: bool = False,
+) -> LabelScores:
     """Score labels after the sequence, whose last `logits` are given, until the most likely one is known; or all.
+
+    Labels with a higher value in `expected` are tried first, which changes the time but not the label.
 
     A search that has cost as much as scoring all of them at once ends with the others at once.
     """
     check_continuations(labels, len(context.tokens), context.max_tokens, len(logits))
     if exact:
         return LabelScores(context.score(labels))
-    tree = LabelTree(labels, logits)
+    tree = LabelTree(labels, logits, expected)
     _search(context, tree)
     scores = tree.known_scores()
     if tree.is_decided:

@@ -23,6 +23,8 @@ from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.checked_file import parsing_checked, write_checked
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
+from .product import product
+
 SIMILARITY_FILE = "similarity.bin"
 KIND = "edgetune-similarity"
 MAX_PROMPTS = 3000
@@ -95,7 +97,7 @@ class TrainingPrompts:
         if len(self.basis) != len(compared_tokens(len(logits))):
             message = f"training prompts of {len(self.basis)} tokens are for another vocabulary than {len(logits)}"
             raise VerificationError(message, COPY_BUNDLE_AGAIN)
-        cosines = (self.directions @ _direction(self.basis, logits)).tolist()
+        cosines = product(self.directions, _direction(self.basis, logits)).tolist()
         # Of the cosines of a label, the last and highest one stays.
         nearest = dict(sorted(zip(self.labels, cosines, strict=True), key=itemgetter(1)))
         return Similarities(nearest, self.spread, self.max_lead)
@@ -107,7 +109,7 @@ def compared_tokens(vocabulary: int) -> npt.NDArray[np.int64]:
 
 
 def _direction(basis: npt.NDArray[np.floating], logits: Logits) -> Matrix:
-    state = logits[compared_tokens(len(logits))].astype(np.float32) @ basis
+    state = product(basis.T, logits[compared_tokens(len(logits))].astype(np.float32))
     return np.asarray(state / max(float(np.linalg.norm(state)), 1e-9), np.float32)
 
 

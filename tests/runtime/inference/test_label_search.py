@@ -146,8 +146,26 @@ def test_a_sure_answer_takes_few_of_the_tokens_of_many_labels(
         assert scores.values[-1] == pytest.approx(max(everything), abs=0.01) == everything[-1]
 
 
-@given(labels=st.lists(TOKENS, min_size=1, max_size=12, unique=True), seed=st.integers(0, 1000))
-def test_no_label_is_more_probable_than_the_tree_says(labels: list[tuple[int, ...]], seed: int) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_expected_label_takes_one_step_if_it_is_the_likeliest(place: int) -> None:
+    labels = [(1, 2, 9), (1, 3, 4, 9), (1, 3, 5, 9)]
+    rows = np.zeros((len(labels[place]), 10), np.float32)
+    rows[range(len(labels[place])), labels[place]] = 9.0
+    tree = LabelTree(labels, rows[0], [float(place == number) for number in range(3)])
+    path, count = tree.next()
+    # The last token ends the label, so nothing is computed after it.
+    assert (path, count) == (labels[place][:-1], len(labels[place]) - 1)
+    tree.add(rows[1:])
+    assert tree.is_decided
+    assert [*tree.known_scores()] == [labels[place]]
+
+
+@given(
+    labels=st.lists(TOKENS, min_size=1, max_size=12, unique=True), seed=st.integers(0, 1000), has_expected=st.booleans()
+)
+def test_no_label_is_more_probable_than_the_tree_says(
+    labels: list[tuple[int, ...]], seed: int, *, has_expected: bool
+) -> None:
     """Also where a label begins as another does, which only labels with control tokens do."""
     rows: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -159,7 +177,8 @@ def test_no_label_is_more_probable_than_the_tree_says(labels: list[tuple[int, ..
         parts = [row_after(label[:end]) for end in range(len(label))]
         return sum(float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(parts, label, strict=True))
 
-    tree = LabelTree(labels, row_after(()))
+    values = np.random.default_rng(seed).random(len(labels)).tolist() if has_expected else None
+    tree = LabelTree(labels, row_after(()), values)
     while not tree.is_decided:
         path, count = tree.next()
         tree.add(np.stack([row_after(path[: len(path) - count + 1 + number]) for number in range(count)]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,24 @@ LABELS = ("red", "warm", "red", "red", "warm")
 
 def _prompts() -> TrainingPrompts:
     return TrainingPrompts.of(BASIS, zip(LABELS, STATES @ HEAD.T, strict=True))
+
+
+def test_no_thread_waits_at_full_load_after_a_comparison() -> None:
+    """In a process of its own, as threads of other tests may still wait."""
+    code = """
+import time
+import numpy as np
+from edgetune_runtime.inference.similarity import TrainingPrompts
+ones = np.ones((1024, 576), np.float32)
+prompts = TrainingPrompts(ones, ("red",) * 1024, ones, spread=0.1)
+for _ in range(3):
+    prompts.similarities(np.ones(2000, np.float32))
+begin = time.process_time()
+time.sleep(0.05)
+assert time.process_time() - begin < 0.02
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_similarity_is_the_cosine_to_the_nearest_state_of_each_label(tmp_path: Path) -> None:

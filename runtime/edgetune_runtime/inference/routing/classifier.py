@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune_runtime.formats.checked_file import parsing_checked, write_checked
+from edgetune_runtime.inference.product import product
 
 from .features import count_buckets, features
 
@@ -34,10 +35,8 @@ class PromptClassifier:
     def log_odds(self, text: str) -> NDArray[np.float32]:
         """The log odds of each task."""
         text_features = features(count_buckets(text, len(self.rarities)), self.rarities)
-        odds: NDArray[np.float32] = (
-            text_features.values @ self.weights[text_features.buckets].astype(np.float32) + self.biases
-        )
-        return odds
+        weights = self.weights[text_features.buckets].astype(np.float32)
+        return np.asarray(product(weights.T, text_features.values) + self.biases, np.float32)
 
 
 def probabilities(log_odds: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -617,7 +617,7 @@ def test_methods_without_modules_and_recurrent_bases_find_wrong_answers_too(
     rows = [{"prompt": f"{word} {thing}", "completion": word} for word in ("turn", "stop") for thing in ROOMS[:5]]
     adapters = {"home": adapter_of(method)}
     recipe = write_recipe(tmp_path, tiny_gguf(arch), adapters, data={"rows.jsonl": rows}, training={"max_steps": 2})
-    (found,) = check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
+    (found,) = check(Recipe.from_file(recipe, {"adapters.home.data.check_minutes": "1"}), progress=QUIET)
     assert found.estimate is not None
     assert all(0 <= row.likelihood <= 1 and 0 <= row.relative <= 1 for row in found.estimate.rows)
     assert len(found.estimate.rows) == len(rows)
