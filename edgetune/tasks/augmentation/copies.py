@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message
 
 from edgetune.common.choices import is_complete
@@ -155,11 +156,17 @@ class _Maker:
         return None
 
     def negatives(self, spec: NegativesSpec, foreign: Sequence[str], rng: random.Random) -> list[ChangedRow]:
-        """Rows of the task with prompts of other tasks, none of which this one has but for case and punctuation."""
+        """Rows of the task with prompts of other tasks, none of which this one has but for case and punctuation.
+
+        UsageError if this one has all of them.
+        """
         completion = spec.completion
         answer = completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
         own = {plain(prompt_of(answer)) for row in self._rows for answer in row.answers}
         prompts = [*spec.prompts, *filter(None, foreign)]
+        if all(plain(prompt) in own for prompt in prompts):
+            message = "each prompt of data.augment.negatives is one of the task's own rows"
+            raise UsageError(message, "give prompts that are not for this task as data.augment.negatives.prompts")
         rng.shuffle(prompts)
         negatives: list[ChangedRow] = []
         for prompt in prompts:

@@ -73,8 +73,8 @@ def format_of(schema: object) -> dict[str, Any]:
 def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float) -> bytes:
     """The reply to a request for a chat completion; a `checked_key` is sent as bearer token.
 
-    Raises TimeoutError after so many seconds, OSError and HTTPException as urllib does, HTTPError with what the server
-    says as reason, and ValueError for a reply of more than 1 MiB.
+    Raises TimeoutError after so many seconds, OSError with the system's words and HTTPException as urllib does,
+    HTTPError with what the server says as reason, and ValueError for a reply of more than 1 MiB.
     """
     end_s = time.monotonic() + timeout_s
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -86,6 +86,11 @@ def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float
         with error:
             reason = _said_in(error, key, end_s)
         raise urllib.error.HTTPError(error.url, error.code, reason, error.headers, io.BytesIO()) from error
+    except OSError as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(cause, TimeoutError):
+            raise cause from None
+        raise OSError(getattr(cause, "strerror", None) or str(cause)) from error
 
 
 def _read(response: IO[bytes], end_s: float) -> bytes:

@@ -34,6 +34,11 @@ def test_a_key_that_no_request_can_carry_is_not_shown(key: str) -> None:
     assert "sk-secret" not in str(error.value)
 
 
+def test_an_address_where_nothing_listens_is_one_clear_line() -> None:
+    with pytest.raises(DeferError, match="failed: Connection refused;"):
+        asked(DeferTo("http://127.0.0.1:1/v1", "big"))
+
+
 def test_a_refusal_that_repeats_the_key_is_shown_without_it() -> None:
     with (
         replying((401, b'{"error": {"message": "the key sk-secret is wrong"}}')) as (url, _),
