@@ -562,7 +562,9 @@ def test_negatives_without_prompts_are_refused(task: Callable[..., Task]) -> Non
         match="negatives has no prompts, and the recipe no other adapter that is asked other things; give prompts",
     ):
         task({"negatives": {"completion": "none"}})
-    with pytest.raises(UsageError, match=r"each prompt of data\.augment\.negatives is one of the task's own rows; give"):
+    with pytest.raises(
+        UsageError, match=r"each prompt of data\.augment\.negatives is one of the task's own rows; give"
+    ):
         task({"negatives": {"completion": "none", "prompts": [ORDERS[0]["prompt"].upper()]}})
 
 

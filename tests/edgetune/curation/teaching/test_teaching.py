@@ -316,9 +316,7 @@ def test_a_teacher_that_thinks_is_asked_without_what_it_refuses(teacher: Callabl
 def test_a_teacher_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teachers, "_LONGEST_WAIT_S", 0.0)
     asking = Teacher("http://127.0.0.1:1/v1", "m", per_minute=100_000)
-    with pytest.raises(
-        TeacherError, match="does not answer after 5 tries: Connection refused; start it"
-    ):
+    with pytest.raises(TeacherError, match="does not answer after 5 tries: Connection refused; start it"):
         asking.ask({})
     with pytest.raises(UsageError, match="'ftp://x' is not an address"):
         Teacher("ftp://x", "m")
