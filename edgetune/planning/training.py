@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 
 from edgetune.recipe.parts import Metric
-from edgetune.recipe.training import TrainingSpec
+from edgetune.recipe.training import TO_THE_END, TrainingSpec
 
 # A few hundred rows take 10 to 30 passes before a rank-16 adapter answers from them; 1,000 still gain from 6 over 3.
 _ROW_PASSES, _ROOT_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 180, 3, 20
 _MANY_ROWS = 20_000
 # Rows per step, by the fewest rows for which it is used.
 _BATCHES = ((2000, 16), (100, 8), (0, 4))
-# After few rows, the loss of answers rises while more of them become right, as the learning rate falls to 0.
-_TO_THE_END = {"patience": None, "checkpoint": "last"}
 # The width of SmolLM2-135M, for which the default learning rate was chosen. Wider bases need a lower one.
 _WIDTH = 576
 
@@ -33,7 +31,7 @@ def choose_training(options: TrainingSpec, rows: int, width: int | None, metric:
     chosen: dict[str, float | str | None] = {"epochs": epochs, "batch_size": batch_size}
     ends_early = "patience" in options.model_fields_set and options.patience is not None
     if metric != "perplexity" and not ends_early:
-        chosen |= _TO_THE_END
+        chosen |= TO_THE_END
     if width is not None and width > _WIDTH:
         chosen["learning_rate"] = float(f"{options.learning_rate * _WIDTH / width:.2g}")
     chosen = {key: value for key, value in chosen.items() if key not in options.model_fields_set}

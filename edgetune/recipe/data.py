@@ -147,7 +147,8 @@ class DataSpec(RecipePart):
     """Share of the training rows that is held out for validation if `validation` is not given."""
     confidence: Data | None = None
     """Rows on which the confidence of answers is fitted, given like `train`; none may be a training row. null: every
-    second validation row, which then does not choose the checkpoint; all of them if there are fewer than 200."""
+    second validation row, which then does not choose the checkpoint; all of them if there are fewer than 200, or if
+    they choose none (`training: auto`)."""
     rows: PositiveInt | None = None
     """Train on at most this many of the training rows, chosen by the seed. null: all."""
     columns: Columns | None = None

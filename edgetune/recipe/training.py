@@ -26,6 +26,9 @@ from .output import AUTO
 from .part import RecipePart
 from .problems import shown
 
+# After few rows, the loss of answers rises while more of them become right, as the learning rate falls to 0.
+TO_THE_END = {"patience": None, "checkpoint": "last"}
+"""What `auto` chooses for answers, unless the recipe sets it."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?|mps")
 
 
@@ -107,6 +110,12 @@ class TrainingSpec(RecipePart):
             if not self.auto:
                 values.pop("auto", None)
         return values
+
+    @property
+    def ignores_validation(self) -> bool:
+        """Whether validation rows choose nothing: all steps are taken, and the last checkpoint ships."""
+        left = {key: value for key, value in TO_THE_END.items() if self.auto and key not in self.model_fields_set}
+        return {key: left.get(key, getattr(self, key)) for key in TO_THE_END} == TO_THE_END
 
     def under(self, overrides: TrainingSpec) -> TrainingSpec:
         """These options, overridden by those that are set in `overrides`."""

@@ -264,7 +264,7 @@ def _with_confidence(task: Task) -> Task:
         rows = []
     elif spec.data.confidence is not None:
         rows = task.confidence_rows
-    elif len(choosing) >= _APART_FROM:
+    elif len(choosing) >= _APART_FROM and not task.training.ignores_validation:
         choosing, rows = _halves(choosing, task.training.seed)
         rows += filter(is_made, task.validation)
     learned, shown = answered_prompts(task.trained_rows), given(rows if has_confidence else task.validation)

@@ -187,6 +187,11 @@ def test_many_validation_rows_are_divided(tmp_path: Path) -> None:
     assert (len(task.train), len(task.validation)) == (200, 200)
     assert (len(task.choosing), len(task.confidence_rows)) == (100, 100)
     assert not {row.where for row in task.choosing} & {row.where for row in task.confidence_rows}
+    for name, training in (("auto", "auto"), ("last", {"checkpoint": "last", "patience": None})):
+        to_the_end = task_of(tmp_path / name, 400, training=training)
+        assert to_the_end.choosing == to_the_end.confidence_rows == to_the_end.validation
+    for name, training in (("best", {"auto": True, "checkpoint": "best"}), ("early", {"auto": True, "patience": 3})):
+        assert len(task_of(tmp_path / name, 400, training=training).confidence_rows) == 100
     few = task_of(tmp_path / "few", 398)
     assert few.choosing == few.confidence_rows == few.validation
     off = task_of(tmp_path / "off", 400, confidence=False)
