@@ -27,7 +27,7 @@ from edgetune.tasks.negatives import given, is_made
 from .exported import TrainedAdapter
 from .opened import opened
 
-MAX_ROWS = 200
+MAX_ROWS = 400
 """Answers per adapter and format: more make builds longer, and curves little better."""
 
 

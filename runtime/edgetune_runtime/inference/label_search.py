@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -35,19 +35,17 @@ class LabelTree:
     that begin with it together: once the most probable prefix is a whole label, no other label is more probable.
     """
 
-    def __init__(self, labels: Sequence[Path], logits: Logits, expected: Sequence[float] | None = None) -> None:
+    def __init__(self, labels: Sequence[Path], logits: Logits, expected: Mapping[Path, float]) -> None:
         """`logits` are those after the prompt. Labels with a higher value in `expected` are tried first."""
         self._labels = set(labels)
         self._following: dict[Path, set[int]] = {}
-        # The token to follow a prefix with, before the logits after the prefix are known.
-        self._guesses: dict[Path, int] = {}
-        ranked = labels if expected is None else [labels[place] for place in np.argsort(expected, kind="stable")]
-        for label in ranked:
+        for label in labels:
             for end, token in enumerate(label):
                 self._following.setdefault(label[:end], set()).add(token)
-                self._guesses[label[:end]] = token
-        if expected is None:
-            self._guesses = {path: min(tokens) for path, tokens in self._following.items() if len(tokens) == 1}
+        # The token to follow a prefix with, before the logits after the prefix are known.
+        self._guesses = {path: token for path, (token, *others) in self._following.items() if not others}
+        for label in sorted(expected, key=expected.__getitem__):
+            self._guesses |= {label[:end]: token for end, token in enumerate(label)}
         # Each with its negative log probability.
         self._prefixes: list[tuple[float, Path]] = [(0.0, ())]
         self.add(logits[None])
@@ -90,16 +88,11 @@ class LabelTree:
 
 
 def score_labels(
-    context: Context,
-    logits: Logits,
-    labels: Sequence[Path],
-    *,
-    expected: Sequence[float] | None = None,
-    exact: bool = False,
+    context: Context, logits: Logits, labels: Sequence[Path], expected: Mapping[Path, float], *, exact: bool = False
 ) -> LabelScores:
     """Score labels after the sequence, whose last `logits` are given, until the most likely one is known; or all.
 
-    Labels with a higher value in `expected` are tried first, which changes the time but not the label.
+    Labels with a higher value in `expected`, which may lack some, are tried first. It changes the time alone.
 
     A search that has cost as much as scoring all of them at once ends with the others at once.
     """

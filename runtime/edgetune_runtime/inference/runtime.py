@@ -236,7 +236,9 @@ class Runtime(AbstractContextManager["Runtime"]):
             min_confidence = first.unsure.min_confidence
 
         compares = is_alone and (is_own or scope is not None)
-        prompts = self._loaded.files.training_prompts_of(first) if first is not None and is_alone else None
+        prompts = None
+        if first is not None and is_alone and not {*labels}.isdisjoint(first.labels):
+            prompts = self._loaded.files.training_prompts_of(first)
 
         def classified(scores: LabelScores, similarities: Similarities | None) -> Classification:
             likeliest = partial(most_likely, labels, scores, similarities if compares else None)
@@ -252,8 +254,9 @@ class Runtime(AbstractContextManager["Runtime"]):
             endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
             logits = context.run(call.job).logits
             similarities = None if prompts is None else prompts.similarities(logits)
-            expected = None if similarities is None else [similarities.nearest.get(label, -1.0) for label in labels]
-            return classified(score_labels(context, logits, endings, expected=expected, exact=exact), similarities)
+            nearest = {} if similarities is None else similarities.nearest
+            expected = {end: nearest[label] for label, end in zip(labels, endings, strict=True) if label in nearest}
+            return classified(score_labels(context, logits, endings, expected, exact=exact), similarities)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

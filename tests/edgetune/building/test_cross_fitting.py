@@ -128,7 +128,7 @@ def test_folds_have_the_modules_that_a_build_chose_for_an_activated_lora(
 def test_each_part_of_many_rows_is_asked(held_out: float, tmp_path: Path) -> None:
     data = {"train": "rows.jsonl", "held_out": held_out}
     adapter = {"data": data, "confidence_folds": 2, "metric": "label", "out_of_scope": True}
-    rows = [{"text": f"turn on the light {n}", "label": COLORS[n % 3]} for n in range(300)]
+    rows = [{"text": f"turn on the light {n}", "label": COLORS[n % 3]} for n in range(600)]
     recipe = make_recipe(tmp_path, "base", {"color": adapter}, data={"rows.jsonl": rows})
     task = read_task("color", recipe)
     parts = [task, *fold_tasks(task, recipe)]

@@ -21,7 +21,7 @@ from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
-from edgetune.shipping.confidence import MAX_ROWS, _chosen
+from edgetune.shipping.confidence import _chosen
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import score
@@ -159,10 +159,10 @@ def test_the_rule_for_unsure_answers_is_in_the_manifest(manifest: Manifest) -> N
 @pytest.mark.parametrize(
     ("own", "made", "most", "chosen"),
     [
-        (400, 30, MAX_ROWS, (170, 30)),
-        (400, 200, MAX_ROWS, (134, 66)),
-        (80, 150, MAX_ROWS, (80, 120)),
-        (90, 40, MAX_ROWS, (90, 40)),
+        (400, 30, 200, (170, 30)),
+        (400, 200, 200, (134, 66)),
+        (80, 150, 200, (80, 120)),
+        (90, 40, 200, (90, 40)),
         # Of an adapter whose folds have nearly all rows.
         (3, 2, 1, (1, 0)),
     ],

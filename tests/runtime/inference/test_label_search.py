@@ -137,10 +137,10 @@ def test_a_sure_answer_takes_few_of_the_tokens_of_many_labels(
             return extend(tokens, last=last)
 
         monkeypatch.setattr(context, "extend", counting)
-        scores = score_labels(context, first, labels)
+        scores = score_labels(context, first, labels, {})
         assert context.tokens == list(call.job.tokens)
         assert scores.values[-1] == max(value for value in scores.values if value is not None)
-        assert len(decoded) * 5 <= LabelTree(labels, first).size
+        assert len(decoded) * 5 <= LabelTree(labels, first, {}).size
         context.run(call.job)
         everything = context.score(labels)
         assert scores.values[-1] == pytest.approx(max(everything), abs=0.01) == everything[-1]
@@ -151,7 +151,7 @@ def test_the_expected_label_takes_one_step_if_it_is_the_likeliest(place: int) ->
     labels = [(1, 2, 9), (1, 3, 4, 9), (1, 3, 5, 9)]
     rows = np.zeros((len(labels[place]), 10), np.float32)
     rows[range(len(labels[place])), labels[place]] = 9.0
-    tree = LabelTree(labels, rows[0], [float(place == number) for number in range(3)])
+    tree = LabelTree(labels, rows[0], {labels[place]: 0.9, labels[place - 1]: 0.5})
     path, count = tree.next()
     # The last token ends the label, so nothing is computed after it.
     assert (path, count) == (labels[place][:-1], len(labels[place]) - 1)
@@ -177,8 +177,9 @@ def test_no_label_is_more_probable_than_the_tree_says(
         parts = [row_after(label[:end]) for end in range(len(label))]
         return sum(float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(parts, label, strict=True))
 
-    values = np.random.default_rng(seed).random(len(labels)).tolist() if has_expected else None
-    tree = LabelTree(labels, row_after(()), values)
+    values = np.random.default_rng(seed).random(len(labels)).tolist()
+    # Some have no value.
+    tree = LabelTree(labels, row_after(()), dict(zip(labels[::2], values[::2], strict=True)) if has_expected else {})
     while not tree.is_decided:
         path, count = tree.next()
         tree.add(np.stack([row_after(path[: len(path) - count + 1 + number]) for number in range(count)]))
