@@ -5,6 +5,7 @@ The text under a field describes its key. The JSON schema and docs/recipe.md are
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -129,6 +130,11 @@ class AugmentSpec(RecipePart):
     """Rows with prompts of other tasks. null: none."""
 
 
+def _are_one(source: str, other: str | Rows | None) -> bool:
+    """Whether two sources are one file or hub id, also by other paths."""
+    return isinstance(other, str) and os.path.realpath(source) == os.path.realpath(other)
+
+
 class DataSpec(RecipePart):
     """The rows of one task: JSONL, CSV or TSV files, or a hub id.
 
@@ -164,7 +170,7 @@ class DataSpec(RecipePart):
     @field_validator("validation")
     @classmethod
     def _is_not_learned(cls, validation: str | Rows | None, info: ValidationInfo) -> str | Rows | None:
-        if isinstance(validation, str) and validation == info.data.get("train"):
+        if isinstance(validation, str) and _are_one(validation, info.data.get("train")):
             remedy = "give rows that are not learned, or remove it to hold some out"
             raise ValueError(f"{Path(validation).name} is also the data of train; {remedy}")
         return validation
@@ -172,7 +178,7 @@ class DataSpec(RecipePart):
     @field_validator("confidence")
     @classmethod
     def _chooses_nothing(cls, confidence: str | Rows | None, info: ValidationInfo) -> str | Rows | None:
-        if isinstance(confidence, str) and confidence == info.data.get("validation"):
+        if isinstance(confidence, str) and _are_one(confidence, info.data.get("validation")):
             remedy = "give other rows, or remove it to take every second validation row"
             raise ValueError(f"{Path(confidence).name} is also the data of validation; {remedy}")
         return confidence

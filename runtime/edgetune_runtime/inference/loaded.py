@@ -30,6 +30,7 @@ from .adapter_files import AdapterFiles
 from .adapter_loading import BundleAdapterLoader, MergedModelLoader
 from .call import Call, CarriedState
 from .confidence import Curves
+from .label_search import LabelTokens
 from .lifetime import Lifetime, never_free_in_forks
 from .opening import past_answers
 from .opening_options import ALL, OpeningOptions
@@ -69,6 +70,7 @@ class LoadedBundle:
         self.deferring: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered while a bigger model answers, so that the call gives back its context."""
         self._fixed = FixedParts()
+        self.label_tokens = LabelTokens()
         self._past = past_answers(manifest, running, options, lambda: self.manifest.adapters)
 
     @property

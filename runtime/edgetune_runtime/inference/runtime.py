@@ -250,8 +250,7 @@ class Runtime(AbstractContextManager["Runtime"]):
                 return classified(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])), None)
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
-            tokenizer = context.engine.tokenizer
-            endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
+            endings = self._loaded.label_tokens.of(context.engine.tokenizer, labels, are_own=is_own)
             logits = context.run(call.job).logits
             similarities = None if prompts is None else prompts.similarities(logits)
             nearest = {} if similarities is None else similarities.nearest

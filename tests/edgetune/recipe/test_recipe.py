@@ -233,7 +233,7 @@ adapters:
         ("adapters.command.output", "{1: x, foo: y}", "there is no key 1 here"),
         ("adapters.intent.data.augment", "{copies: 1000000}", "1000000 must be at most 1000"),
         ("adapters.command.data.validation", "./data/command.jsonl", "command.jsonl is also the data of train; give"),
-        ("adapters.intent.data.confidence", "./check.csv", "check.csv is also the data of validation; give other rows"),
+        ("adapters.intent.data.confidence", "a/../check.csv", "check.csv is also the data of validation; give"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
         ("quantization", "q4_9", "no quantization 'q4_9'"),
         ("quantization", "q5_0+q4", "no type of the output layer 'q4'"),
