@@ -130,6 +130,13 @@ class AugmentSpec(RecipePart):
     """Rows with prompts of other tasks. null: none."""
 
 
+_OTHERS = {
+    "validation": ("train", "give rows that are not learned, or remove it to hold some out"),
+    "confidence": ("validation", "give other rows, or remove it to take every second validation row"),
+}
+"""The key whose rows each key may not have, with the remedy."""
+
+
 def _are_one(source: str, other: str | Rows | None) -> bool:
     """Whether two sources are one file or hub id, also by other paths."""
     return isinstance(other, str) and os.path.realpath(source) == os.path.realpath(other)
@@ -167,21 +174,13 @@ class DataSpec(RecipePart):
     """For how many minutes `edgetune data check` trains adapters to find wrong answers. null: it trains none."""
     _apart: Rows | None = PrivateAttr(default=None)
 
-    @field_validator("validation")
+    @field_validator("validation", "confidence")
     @classmethod
-    def _is_not_learned(cls, validation: str | Rows | None, info: ValidationInfo) -> str | Rows | None:
-        if isinstance(validation, str) and _are_one(validation, info.data.get("train")):
-            remedy = "give rows that are not learned, or remove it to hold some out"
-            raise ValueError(f"{Path(validation).name} is also the data of train; {remedy}")
-        return validation
-
-    @field_validator("confidence")
-    @classmethod
-    def _chooses_nothing(cls, confidence: str | Rows | None, info: ValidationInfo) -> str | Rows | None:
-        if isinstance(confidence, str) and _are_one(confidence, info.data.get("validation")):
-            remedy = "give other rows, or remove it to take every second validation row"
-            raise ValueError(f"{Path(confidence).name} is also the data of validation; {remedy}")
-        return confidence
+    def _has_rows_of_its_own(cls, source: str | Rows | None, info: ValidationInfo) -> str | Rows | None:
+        other, remedy = _OTHERS[str(info.field_name)]
+        if isinstance(source, str) and _are_one(source, info.data.get(other)):
+            raise ValueError(f"{Path(source).name} is also the data of {other}; {remedy}")
+        return source
 
     @property
     def apart(self) -> Rows | None:
