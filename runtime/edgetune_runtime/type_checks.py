@@ -13,6 +13,7 @@ T = TypeVar("T")
 DIGEST = re.compile("[0-9a-f]{64}")
 WORD = re.compile("[a-z0-9_]{1,60}")
 """Such as a machine, an engine or a format."""
+_MOST_BITS = 64
 MOST_BYTES = 10**15
 """No file is larger."""
 
@@ -65,4 +66,9 @@ def type_check(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401 - type hints
     if origin is not None:
         raise TypeError(f"no check for {hint}")
     types = (int, float) if hint is float else (hint,)
-    return lambda value: hint is Any or type(value) in types
+    return lambda value: hint is Any or (type(value) in types and not _is_too_large(value))
+
+
+def _is_too_large(value: object) -> bool:
+    """Whether it is an integer of more than 64 bits, which may be too large for a float."""
+    return isinstance(value, int) and value.bit_length() > _MOST_BITS

@@ -47,6 +47,20 @@ def test_keys_that_an_earlier_version_lacks_have_defaults(home: Path) -> None:
     assert read_manifest(home).base.values_by_type == read_manifest(home).adapter("tone").values_by_type == {}
 
 
+@pytest.mark.parametrize("place", [("base", "kv_values_per_token"), ("adapters", "tone", "scale"), ("context_length",)])
+def test_an_integer_too_large_for_a_float_is_damage(home: Path, place: tuple[str, ...]) -> None:
+    *parts, key = place
+
+    def change(raw: Any) -> None:  # noqa: ANN401 - JSON
+        for part in parts:
+            raw = raw[part]
+        raw[key] = 10**400
+
+    change_manifest(home, change)
+    with pytest.raises(VerificationError, match=f"is not a manifest: {key} cannot be '1000"):
+        read_manifest(home)
+
+
 def test_wrong_counts_of_modules_by_rank_are_damage(home: Path) -> None:
     for wrong in ({"four": 3}, {"4": -3}, {"0": 3}, {"4": None}):
         change_manifest(home, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))

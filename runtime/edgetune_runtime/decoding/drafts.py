@@ -89,8 +89,8 @@ def write_table(path: Path, table: DraftTable) -> None:
     write_checked(path, KIND, about, memoryview(data))
 
 
-def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
-    """Read a table that `write_table` wrote.
+def read_table(path: Path, tokenizer_sha256: str, vocabulary: int) -> DraftTable:
+    """Read a table that `write_table` wrote, of tokens of a vocabulary of this size.
 
     Raises VerificationError for a damaged file, IncompatibleError for the table of another tokenizer.
     """
@@ -101,6 +101,8 @@ def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
             raise ValueError(f"it has {len(stored.data)} bytes for {count} entries")
         keys, tokens = stored.data[: 8 * count].cast("Q"), stored.data[8 * count : 12 * count].cast("I")
         confidences = stored.data[12 * count :]
+        if any(vocabulary <= token != END for token in tokens):
+            raise ValueError(f"it has tokens outside of the vocabulary of {vocabulary}")
     if made_for != tokenizer_sha256:
         raise IncompatibleError(f"{path} is the draft table of another tokenizer", "build the bundle again")
     return DraftTable(made_for, keys, tokens, confidences, copied)

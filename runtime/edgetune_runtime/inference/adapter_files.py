@@ -75,11 +75,11 @@ class AdapterFiles:
             return None
         return _remembered(self._outputs, entry, partial(_output_of, entry))
 
-    def draft_of(self, entry: AdapterEntry) -> DraftTable | None:
+    def draft_of(self, entry: AdapterEntry, vocabulary: int) -> DraftTable | None:
         """An adapter's draft table, unless the options say that there are no drafts."""
         if not self._options.drafts or entry.draft is None:
             return None
-        return _remembered(self._drafts, entry, partial(self._read_draft, entry, entry.draft))
+        return _remembered(self._drafts, entry, partial(self._read_draft, entry, entry.draft, vocabulary))
 
     def training_prompts_of(self, entry: AdapterEntry) -> TrainingPrompts | None:
         """The states after an adapter's training prompts, if the bundle has them."""
@@ -97,9 +97,9 @@ class AdapterFiles:
         for table in (self._folders, self._drafts, self._outputs, self._prompts):
             table.pop(name, None)
 
-    def _read_draft(self, entry: AdapterEntry, file: str) -> DraftTable:
+    def _read_draft(self, entry: AdapterEntry, file: str, vocabulary: int) -> DraftTable:
         with self.reading(entry, file) as path:
-            return read_table(path, self._manifest().base.tokenizer_sha256)
+            return read_table(path, self._manifest().base.tokenizer_sha256, vocabulary)
 
     def _read_prompts(self, entry: AdapterEntry, file: str) -> TrainingPrompts:
         with self.reading(entry, file) as path:

@@ -160,6 +160,7 @@ class LoadedBundle:
             capacity = self.capacity(active)
             messages = [] if raw else messages_for(prompt, system)
             with self.base.tokenizer() as tokenizer:
+                vocabulary = tokenizer.vocab_size
                 if raw:
                     prepared = TokenizedPrompt(raw_tokens(tokenizer, prompt, form, capacity))
                 else:
@@ -191,7 +192,7 @@ class LoadedBundle:
             job=PromptJob(tokens, spans, prepared.fixed, owner, prepared.comes_with_call),
             entries=entries,
             carried=kept,
-            drafts=None if first is None or first.draft is None else partial(self.files.draft_of, first),
+            drafts=None if first is None or first.draft is None else partial(self.files.draft_of, first, vocabulary),
             constraint=constraint,
             reader=reader,
             past=None if self._past is None else self._past.of(entries, spans, tokens),

@@ -84,7 +84,7 @@ def test_the_last_answer_is_drafted_until_this_one_differs(table: DraftTable) ->
 
 def test_a_table_survives_its_file(table: DraftTable, tmp_path: Path) -> None:
     write_table(tmp_path / "draft.bin", table)
-    found = read_table(tmp_path / "draft.bin", TOKENIZER)
+    found = read_table(tmp_path / "draft.bin", TOKENIZER, 999)
     assert list(found.keys) == list(table.keys)
     assert list(found.tokens) == list(table.tokens)
     assert list(found.confidences) == list(table.confidences)
@@ -97,13 +97,21 @@ def test_a_damaged_table_is_refused(table: DraftTable, tmp_path: Path, damage: C
     write_table(path, table)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(VerificationError, match=r"draft\.bin is not a draft table"):
-        read_table(path, TOKENIZER)
+        read_table(path, TOKENIZER, 999)
+
+
+def test_a_table_with_tokens_outside_of_the_vocabulary_is_refused(table: DraftTable, tmp_path: Path) -> None:
+    write_table(tmp_path / "draft.bin", table)
+    most = max(token for token in table.tokens if token != END)
+    assert read_table(tmp_path / "draft.bin", TOKENIZER, most + 1)
+    with pytest.raises(VerificationError, match=rf"draft\.bin is .* outside of the vocabulary of {most}"):
+        read_table(tmp_path / "draft.bin", TOKENIZER, most)
 
 
 def test_the_table_of_another_tokenizer_is_refused(table: DraftTable, tmp_path: Path) -> None:
     write_table(tmp_path / "draft.bin", table)
     with pytest.raises(IncompatibleError, match="another tokenizer"):
-        read_table(tmp_path / "draft.bin", "b" * 64)
+        read_table(tmp_path / "draft.bin", "b" * 64, 999)
 
 
 PROMPTS = ("turn on the warm light", "play", "stop " * 12)
