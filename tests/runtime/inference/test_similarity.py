@@ -39,6 +39,8 @@ import numpy as np
 from edgetune_runtime.inference.similarity import TrainingPrompts
 ones = np.ones((1024, 576), np.float32)
 prompts = TrainingPrompts(ones, ("red",) * 1024, ones, spread=0.1)
+# The threads of BLAS wait after their start too.
+time.sleep(0.5)
 for _ in range(3):
     prompts.similarities(np.ones(2000, np.float32))
 begin = time.process_time()
