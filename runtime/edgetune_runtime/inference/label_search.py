@@ -17,6 +17,7 @@ from edgetune_runtime.states.cache import common_prefix
 Path = tuple[int, ...]
 """The tokens of a label, with the one that ends it, or the first of them."""
 _REMEMBERED = 16
+"""Adapters whose labels' tokens are remembered."""
 
 
 @dataclass(frozen=True)

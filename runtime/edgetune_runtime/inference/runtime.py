@@ -236,9 +236,9 @@ class Runtime(AbstractContextManager["Runtime"]):
             min_confidence = first.unsure.min_confidence
 
         compares = is_alone and (is_own or scope is not None)
-        prompts = None
-        if first is not None and is_alone and not {*labels}.isdisjoint(first.labels):
-            prompts = self._loaded.files.training_prompts_of(first)
+        # Of some labels, training prompts only say which one to try first.
+        tries = first is not None and is_alone and not exact and not {*labels}.isdisjoint(first.labels)
+        prompts = self._loaded.files.training_prompts_of(first) if first is not None and (compares or tries) else None
 
         def classified(scores: LabelScores, similarities: Similarities | None) -> Classification:
             likeliest = partial(most_likely, labels, scores, similarities if compares else None)
