@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ REPEAT_WINDOW = 64
 """Number of last tokens that `repeat_penalty` applies to."""
 _MAX_STOPS, _LONGEST_STOP = 64, 256
 """Stop texts, which are looked for after each token, and characters of one."""
+_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,26 @@ class Sampler:
         best = likeliest(logits)
         if sampling.temperature == 0.0:
             return best
-        order = top_tokens(logits, sampling.top_k)
+        order = self._candidates(logits, best)
         chosen = logits[order].astype(np.float64)
-        probabilities = softmax(chosen)
+        # Relative to that of the likeliest token.
+        weights = np.exp(chosen - chosen[0])
         if sampling.top_p < 1.0:
+            total = weights.sum() if sampling.top_k else np.exp(logits - logits[best], dtype=np.float64).sum()
             # Include the token that makes the sum reach top_p.
-            kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
-            order, chosen, probabilities = order[:kept], chosen[:kept], probabilities[:kept]
-        kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
+            kept = int(np.searchsorted(weights.cumsum(), sampling.top_p * total)) + 1
+            order, chosen, weights = order[:kept], chosen[:kept], weights[:kept]
+        kept = int((weights >= sampling.min_p).sum())
         return int(self._random.choice(order[:kept], p=softmax(chosen[:kept], float(sampling.temperature))))
+
+    def _candidates(self, logits: NDArray[np.float32], best: int) -> NDArray[np.intp]:
+        """The tokens that `top_k` leaves, the most likely first, with as few as possible of those below `min_p`."""
+        top_k, min_p = self._sampling.top_k, self._sampling.min_p
+        if top_k or not min_p:
+            return top_tokens(logits, top_k)
+        # Sorting a whole vocabulary takes milliseconds. The margin is for the rounding of the logarithm.
+        near = np.flatnonzero(logits >= logits[best] + math.log(min_p) - _MARGIN)
+        return near[np.argsort(-logits[near], kind="stable")]
 
 
 def likeliest(logits: NDArray[np.float32]) -> int:

@@ -47,6 +47,16 @@ def test_each_filter_keeps_the_tokens_that_it_should(option: str, value: float, 
     assert set(drawn(**{**OPEN, option: value})) == kept
 
 
+@pytest.mark.parametrize("options", [{"top_p": 0.9, "min_p": 0.01}, {"top_p": 1.0, "min_p": 0.2}, {"min_p": 1e-6}])
+def test_all_tokens_are_filtered_as_if_they_were_sorted(options: dict[str, float]) -> None:
+    rng = np.random.default_rng(0)
+    for spread in (0.5, 3.0, 12.0):
+        logits = rng.normal(scale=spread, size=500).astype(np.float32)
+        logits[rng.integers(500, size=100)] = -np.inf
+        unsorted, in_order = (drawn(logits, top_k=top_k, temperature=1.0, **options) for top_k in (0, 500))
+        assert unsorted == in_order
+
+
 def test_repeat_penalty_damps_recent_tokens_whatever_their_sign() -> None:
     logits = np.array([2.0, 1.9, -1.0, -1.1], np.float32)
     assert Sampler(Sampling(repeat_penalty=1.2)).next(logits, [0]) == 1
