@@ -13,8 +13,7 @@ from pathlib import Path
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, Manifest
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.inference.confidence import MAX_LOG_ODDS, NOTHING, confidence
-from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.confidence import MAX_LOG_ODDS, confidence
 from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.common.progress import Progress
@@ -108,15 +107,9 @@ def _is_judged(row: TaskRow, metric: str | None) -> bool:
 
 def _rated(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progress) -> list[RatedAnswer]:
     """An adapter's answers to these rows; UsageError for rows that cannot be scored."""
-    details = [*score(runtime, name, rows, progress).details]
-    if runtime.manifest.adapter(name).metric == "label" and loaded_bundle(runtime).classifier is None:
-        # In a chat, a label is written and not chosen. An empty text is not a label, and neither is one that is
-        # out of scope.
-        written = score(runtime, name, rows, progress, "exact").details
-        details += [row for row in written if row.kind != NOTHING]
     return [
         RatedAnswer(row.kind, row.log_odds, row.score >= 1)
-        for row in details
+        for row in score(runtime, name, rows, progress).details
         if row.kind is not None and row.log_odds is not None
     ]
 

@@ -47,12 +47,13 @@ if TYPE_CHECKING:
     from .inference.answer import Answer, Stream, Timings
     from .inference.async_stream import AsyncStream
     from .inference.asynchronous import AsyncRuntime, AsyncSession
+    from .inference.classification import Classification
     from .inference.deferring import DeferTo
     from .inference.opening_options import RuntimeOptions
     from .inference.options import AnswerOptions, SamplingOptions
     from .inference.routing.router import Route
     from .inference.runtime import Runtime
-    from .inference.scoring import Classification, NegativeLogLikelihood
+    from .inference.scoring import NegativeLogLikelihood
     from .inference.session import Carry, Session
     from .serving.classifier import Embedding
     from .text.chat import Message, Prompt
@@ -138,7 +139,8 @@ _LAZY = {
     "inference.options": "AnswerOptions SamplingOptions",
     "inference.routing.router": "Route",
     "inference.runtime": "Runtime",
-    "inference.scoring": "Classification NegativeLogLikelihood",
+    "inference.classification": "Classification",
+    "inference.scoring": "NegativeLogLikelihood",
     "inference.session": "Carry Session",
     "serving.classifier": "Embedding",
     "text.chat": "Message Prompt",

@@ -65,11 +65,12 @@ class Answer:
     the router if the adapter was `auto`.
 
     `confidence` is the probability that the answer is right, from the curve that the build fitted for answers of this
-    `kind` (`value`, `choice`, `nothing` or `question`). It is made from `log_odds`: the model's own log odds that a
-    token is the chosen one rather than the best other one, for the geometric mean of these chances over the tokens that
-    the output constraint did not force. All three are None for an incomplete answer, as is one that a stop text ended
-    where the constraint wanted more, and `confidence` where there is no curve: for the base, several adapters, another
-    scale, a raw prompt, a constraint of the call's own, and kinds that too few validation rows had.
+    `kind` (`value`, `choice`, `label`, `nothing` or `question`). It is made from `log_odds`: the model's own log odds
+    that a token is the chosen one rather than the best other one, for the geometric mean of these chances over the
+    tokens that the output constraint did not force; for a label, those of its `Classification`. All three are None for
+    an incomplete answer, as is one that a stop text ended where the constraint, or the label, wanted more, and
+    `confidence` where there is no curve: for the base, several adapters, another scale, a raw prompt, a constraint of
+    the call's own, and kinds that too few validation rows had.
 
     With `min_confidence`, of the call or the recipe, `is_unsure` says whether the confidence is lower, or not known.
     `instead` is what answered in place of the unsure answer `replaced`, whose confidence is kept: `ask`, `base`, an

@@ -22,11 +22,12 @@ from .adapter_changes import AdapterChanges
 from .adapter_choice import Adapters
 from .answer import Answer, Stream
 from .async_stream import AsyncStream, StreamThreads
+from .classification import Classification
 from .opening_options import RuntimeOptions
 from .options import AnswerOptions
 from .routing.router import Route
 from .runtime import Runtime
-from .scoring import Classification, NegativeLogLikelihood
+from .scoring import NegativeLogLikelihood
 from .session import Carry, Session
 
 T = TypeVar("T")

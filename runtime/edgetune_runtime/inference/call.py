@@ -17,6 +17,7 @@ from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.tools.calls import CallReader
 
+from .classification import LabelChoice
 from .confidence import Curves
 from .routing.router import Route
 
@@ -27,7 +28,8 @@ class Call:
 
     `entries` are its adapters, and then those of what is carried over, which are loaded in `adapters`; `drafts` reads
     the first one's draft table. `stopped` is why it had to stop before it was prepared, if it had to; the job is then
-    empty. `curves` give the confidence, and with `answers_tool` the prompt ends with the result of a tool.
+    empty. `curves` give the confidence, and with `answers_tool` the prompt ends with the result of a tool. With
+    `labels` the answer is one of these, and nothing else constrains it.
     """
 
     pool: Pool | MergedPool
@@ -46,6 +48,7 @@ class Call:
     route: Route | None = None
     curves: Curves = field(default_factory=dict)
     answers_tool: bool = False
+    labels: LabelChoice | None = None
 
     def lease(self, job: PromptJob | None = None) -> AbstractContextManager[Context]:
         """A context for the call's job, or another one, with its adapters loaded; see `LoadedAdapters.lease`."""

@@ -19,7 +19,7 @@ from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.text.json_text import leaves
 
 VALUE, CHOICE, LABEL, NOTHING, QUESTION = "value", "choice", "label", "nothing", "question"
-"""The kinds of answers: data or text, one of the given texts, the label of `classify`, nothing to do, a question.
+"""The kinds of answers: data or text, one of the given texts, an adapter's label, nothing to do, a question.
 """
 MAX_LOG_ODDS = 30.0
 # With the question marks of Chinese, Japanese and Arabic. What a bracket of JSON follows may be within a text.

@@ -19,6 +19,7 @@ from edgetune_runtime.text.stream import TextStream
 
 from .answer import COMPLETE, Answer, Outcome, Timings
 from .call import Call
+from .classification import Classification, LabelChoice
 from .confidence import confidence, kind_of, log_chance, log_odds
 
 _WHOLE = ("end", "stop", "length")
@@ -77,6 +78,7 @@ class _Answering:
         # Control tokens have no text, but calls may begin with one.
         self._marks = {} if call.reader is None else call.reader.marks
         self._drafter: Drafter | None = None
+        self._found: Classification | None = None
         self._record = record
         self._pending: list[int] = []
         self._held: list[int] = []
@@ -93,11 +95,35 @@ class _Answering:
         self._start = context.run(job)
         # To continue, the last token must fit too.
         self._max_tokens = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
+        yield from self._written(job, tick) if self._call.labels is None else self._label(self._call.labels, tick)
+        # Tokens computed beyond the end are not part of the answer. A cut may compute some again, which the limit that
+        # ended the answer stops.
+        with suppress(Stopped):
+            context.truncate(len(job.tokens) + self._count)
+        yield from self._push(self._text.finish())
+        if self._content is not None:
+            yield from filter(None, [self._content.finish(is_cut_off=self._reason not in COMPLETE)])
+
+    def _label(self, choice: LabelChoice, begin: float) -> Generator[str, None, None]:
+        """The label that is chosen, whatever the sampling is."""
+        context, first = self._context, self._start.logits.copy()
+        self._found = choice.of(context, self._start.logits, self._call.curves)
+        tokens = choice.path_of(self._found.label)
+        if self._record is not None:
+            rows = [first, *context.extend(tokens[:-1])] if tokens[:-1] else [first]
+            self._record.add(context.engine.tokenizer, rows, tokens)
+        self._first_s, self._after_first = time.perf_counter() - begin, len(tokens) - 1
+        yield from self._emit(tokens)
+        if self._reason != "stop" and self._count == len(tokens):
+            self._reason = "end"
+
+    def _written(self, job: PromptJob, begin: float) -> Generator[str, None, None]:
+        """An answer that is written token by token."""
         drafts, past = None if self._call.drafts is None else self._call.drafts(), self._call.past
         if drafts is not None or past is not None:
             self._drafter = Drafter(drafts or EMPTY, list(job.tokens), () if past is None else past.tokens)
         chosen = self._choose(self._start.logits[None], [])
-        self._first_s, self._after_first = time.perf_counter() - tick, len(chosen) - 1
+        self._first_s, self._after_first = time.perf_counter() - begin, len(chosen) - 1
         while True:
             yield from self._emit(chosen)
             if self._reason:
@@ -112,13 +138,6 @@ class _Answering:
             self._after_first += len(chosen)
         if self._drafter is not None and self._call.past is not None and self._reason in _WHOLE:
             self._call.past.keep(self._drafter.answer[: self._count])
-        # Tokens computed beyond the end are not part of the answer. A cut may compute some again, which the limit that
-        # ended the answer stops.
-        with suppress(Stopped):
-            context.truncate(len(job.tokens) + self._count)
-        yield from self._push(self._text.finish())
-        if self._content is not None:
-            yield from filter(None, [self._content.finish(is_cut_off=self._reason not in COMPLETE)])
 
     def answer(self) -> Answer:
         """The whole answer, after the last piece."""
@@ -145,15 +164,18 @@ class _Answering:
         return answer if answer.is_cut_off or self._is_stopped_within_form(text) else self._with_confidence(answer)
 
     def _is_stopped_within_form(self, text: str) -> bool:
-        """Whether a stop text came after this text, where the output constraint wanted more."""
+        """Whether a stop text came after this text, where the output constraint, or the label, wanted more."""
         if self._constraint is None or self._reason != "stop":
-            return False
+            return self._found is not None and self._reason == "stop"
         # The stop text, which is no part of the answer, may have begun in an earlier token than the last.
         size = len(text.encode())
         ends = accumulate(len(self._piece(token)) for token in self._constraint.tokens[: self._count])
         return not self._constraint.may_end_after(sum(end <= size for end in ends))
 
     def _with_confidence(self, answer: Answer) -> Answer:
+        if self._found is not None:
+            found = self._found
+            return replace(answer, kind=found.kind, log_odds=found.log_odds, confidence=found.confidence)
         expects_calls = self._reader is not None and not self._call.answers_tool
         kind = kind_of(answer.text, answer.output, calls=len(answer.tool_calls), expects_calls=expects_calls)
         # The end token was a choice too; drafted tokens after a stop text were not.

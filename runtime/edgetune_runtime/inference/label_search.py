@@ -9,15 +9,12 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from edgetune_runtime.decoding.single_flight import SingleFlightCache
-from edgetune_runtime.engines.base import Logits, Tokenizer, check_continuations, log_total
+from edgetune_runtime.engines.base import Logits, check_continuations, log_total
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.states.cache import common_prefix
 
 Path = tuple[int, ...]
 """The tokens of a label, with the one that ends it, or the first of them."""
-_REMEMBERED = 16
-"""Adapters whose labels' tokens are remembered."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +26,6 @@ class LabelScores:
 
     values: Sequence[float | None]
     unseen: float = -math.inf
-
-
-class LabelTokens:
-    """The tokens of labels; those of the last adapters' own ones are remembered. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._paths: SingleFlightCache[list[Path]] = SingleFlightCache(_REMEMBERED)
-
-    def of(self, tokenizer: Tokenizer, labels: Sequence[str], *, are_own: bool) -> list[Path]:
-        """The tokens of each label with the one that ends it; `are_own`: the labels are those of an adapter."""
-
-        def tokenized() -> list[Path]:
-            return [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
-
-        return self._paths.get(tuple(labels), tokenized) if are_own else tokenized()
 
 
 class LabelTree:

@@ -29,8 +29,8 @@ from .adapter_choice import Adapters, capacity_of, names_of, require_one_prefix,
 from .adapter_files import AdapterFiles
 from .adapter_loading import BundleAdapterLoader, MergedModelLoader
 from .call import Call, CarriedState
+from .classification import LabelChoices
 from .confidence import Curves
-from .label_search import LabelTokens
 from .lifetime import Lifetime, never_free_in_forks
 from .opening import past_answers
 from .opening_options import ALL, OpeningOptions
@@ -70,7 +70,7 @@ class LoadedBundle:
         self.deferring: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered while a bigger model answers, so that the call gives back its context."""
         self._fixed = FixedParts()
-        self.label_tokens = LabelTokens()
+        self.label_choices = LabelChoices(running, options.engine, self.files.training_prompts_of)
         self._past = past_answers(manifest, running, options, lambda: self.manifest.adapters)
 
     @property
@@ -155,7 +155,10 @@ class LoadedBundle:
             first = next(iter(entries.values()), None)
             own_system = None if first is None else first.system
             system = carried.system if carried is not None else own_system
-            output = self.files.output_of(first) if form.uses_adapter_output and first is not None else form.output
+            labels = () if raw else form.labels_of(first)
+            output = form.output
+            if first is not None and form.is_of_adapter and not labels:
+                output = self.files.output_of(first)
             call = replace(call, pool=pool, system=system, entries=entries, output=output)
             capacity = self.capacity(active)
             messages = [] if raw else messages_for(prompt, system)
@@ -187,6 +190,7 @@ class LoadedBundle:
             self.require_one_prefix(names for _, names in spans)
             entries = entries | self._entries(carried.adapters - entries.keys())
         has_own_state = system == own_system and all(names in dict(own).values() for _, names in spans)
+        is_alone = has_own_state and self.is_alone(scales)
         return replace(
             call,
             job=PromptJob(tokens, spans, prepared.fixed, owner, prepared.comes_with_call),
@@ -198,6 +202,7 @@ class LoadedBundle:
             past=None if self._past is None else self._past.of(entries, spans, tokens),
             curves=form.curves_among(self.curves(scales), first) if has_own_state and not raw else {},
             answers_tool=not raw and messages[-1]["role"] == "tool",
+            labels=self.label_choices.of(labels, first, is_alone=is_alone, exact=form.exact) if labels else None,
             prepared_s=time.perf_counter() - begin,
         )
 
@@ -258,11 +263,14 @@ class LoadedBundle:
 
     def curves(self, scales: Mapping[str, float]) -> Curves:
         """What gives the confidence of one adapter's answers with its own scale; empty for other choices."""
-        if len(scales) != 1:
+        if not self.is_alone(scales):
             return {}
-        (name,) = scales
-        manifest, engine = self.manifest, self.options.engine
-        return manifest.adapter(name).confidence.get(engine, {}) if scales == scales_of(name, manifest, engine) else {}
+        return self.manifest.adapter(next(iter(scales))).confidence.get(self.options.engine, {})
+
+    def is_alone(self, scales: Mapping[str, float]) -> bool:
+        """Whether these are one adapter with its own scale."""
+        name = next(iter(scales), None)
+        return len(scales) == 1 and scales == scales_of(name, self.manifest, self.options.engine)
 
     def preload(self) -> None:
         """Load the adapters that the options name, and keep them in memory."""

@@ -15,7 +15,7 @@ from edgetune_runtime.text.sampling import Sampling
 from edgetune_runtime.tools.definitions import Tools, ToolSet, tool_set
 from edgetune_runtime.wording import suggestion
 
-from .confidence import NOTHING, Curves
+from .confidence import Curves
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -40,7 +40,8 @@ class AnswerOptions(SamplingOptions, total=False):
 
     At most one of `schema` (a JSON Schema as mapping or text, or a pydantic model class), `choices` (texts), `regex`
     and `grammar` (Lark as llguidance reads it) constrains the answer, instead of the adapter's own constraint;
-    `unconstrained` removes that.
+    `unconstrained` removes that. An adapter with labels answers with the one that `classify` finds, unless one of these
+    options, or `tools`, is given.
 
     With `logprobs`, `Answer.logprobs` has the log-probability of each token, and of that many of the likeliest tokens
     at its place (0 to 20); see `TokenLogprob`.
@@ -81,20 +82,29 @@ class AnswerOptions(SamplingOptions, total=False):
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What an answer may be: `output`, text and calls of `tools`, anything if `unconstrained`, or the adapter's form.
+    """What an answer may be: one of `labels`, `output`, text and calls of `tools`, anything if `unconstrained`, or the
+    adapter's form.
 
-    With `output` and `tools` it is one of the two. `think` is only rendered.
+    With `output` and `tools` it is one of the two. With `exact` all labels are computed. `think` is only rendered.
     """
 
     output: OutputSpec | None = None
     tools: ToolSet | None = None
     unconstrained: bool = False
     think: bool | None = None
+    labels: Sequence[str] | None = None
+    exact: bool = False
 
     @property
-    def uses_adapter_output(self) -> bool:
-        """Whether the output constraint of the adapter, if it has one, applies."""
-        return self.output is None and self.tools is None and not self.unconstrained
+    def is_of_adapter(self) -> bool:
+        """Whether it is the adapter's: one of its labels, or what its output constraint allows, if it has any."""
+        return self.output is None and self.tools is None and not self.unconstrained and self.labels is None
+
+    def labels_of(self, entry: AdapterEntry | None) -> Sequence[str]:
+        """The labels that the answer is one of; empty for other answers."""
+        if self.labels is not None:
+            return self.labels
+        return entry.labels if entry is not None and self.is_of_adapter else ()
 
     def curves_among(self, curves: Curves, entry: AdapterEntry | None) -> Curves:
         """Those of an adapter's curves that its build fitted on answers of this form."""
@@ -102,8 +112,7 @@ class AnswerForm:
             return {}
         if self.tools is not None and (entry.output is not None or entry.labels):
             return {}
-        # An empty text is not a label; the curve is that of texts that `classify` finds to be out of scope.
-        return {kind: curve for kind, curve in curves.items() if not (entry.labels and kind == NOTHING)}
+        return {} if self.labels is not None and {*self.labels} != {*entry.labels} else curves
 
 
 def split_options(

@@ -27,16 +27,16 @@ from edgetune_runtime.wording import shortened
 from .adapter_changes import AdapterChanges, add_adapter, reload
 from .adapter_choice import Adapters
 from .answer import Answer, Outcome, Stream
-from .label_search import LabelScores, score_labels
+from .classification import Classification, check_labels
+from .label_search import LabelScores
 from .loaded import LoadedBundle
 from .opening import open_base, require_library
 from .opening_options import RuntimeOptions, decide
 from .options import AnswerForm, AnswerOptions, split_options
 from .preflight import require_opens
 from .routing.router import Route
-from .scoring import Classification, NegativeLogLikelihood, check_labels, most_likely, window_loss
+from .scoring import NegativeLogLikelihood, window_loss
 from .session import Session
-from .similarity import Similarities
 from .unsure import AnswerCall, answer_pieces, check_min_confidence, require_curves
 
 _LOG = logging.getLogger(__name__)
@@ -223,39 +223,27 @@ class Runtime(AbstractContextManager["Runtime"]):
             message = "the prompt is of none of the tasks, and the base has no labels"
             raise UsageError(message, "name an adapter that has labels, or give labels")
         check_labels(labels)
-        # Of several adapters, and of another scale, neither the threshold nor the training prompts tell anything.
-        is_alone = first is not None and scales == self._loaded.scales(first.name)
-        scope = first.scope.get(self.engine) if first is not None and is_alone else None
-        if scope is not None and scope.label not in labels:
-            scope = None
-        is_own = first is not None and {*labels} == {*first.labels}
-        curves = self._loaded.curves(scales) if is_own else {}
+        form = AnswerForm(labels=labels, exact=exact)
+        curves = form.curves_among(self._loaded.curves(scales), first)
         if route is None:
             require_curves(min_confidence, curves)
         if min_confidence is None and curves and first is not None and first.unsure is not None:
             min_confidence = first.unsure.min_confidence
 
-        compares = is_alone and (is_own or scope is not None)
-        # Of some labels, training prompts only say which one to try first.
-        tries = first is not None and is_alone and not exact and not {*labels}.isdisjoint(first.labels)
-        prompts = self._loaded.files.training_prompts_of(first) if first is not None and (compares or tries) else None
-
-        def classified(scores: LabelScores, similarities: Similarities | None) -> Classification:
-            likeliest = partial(most_likely, labels, scores, similarities if compares else None)
-            return replace(likeliest(scope=scope, curves=curves, min_confidence=min_confidence), route=route)
-
         if classifier is not None:
             assert first is not None
+            choice = self._loaded.label_choices.of(labels, first, is_alone=self._loaded.is_alone(scales))
             with self._loaded.adapters.use({first.name: first}, Holder()):
-                return classified(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])), None)
-        call = self._loaded.call(prompt, adapter)
-        with call.lease() as context:
-            endings = self._loaded.label_tokens.of(context.engine.tokenizer, labels, are_own=is_own)
-            logits = context.run(call.job).logits
-            similarities = None if prompts is None else prompts.similarities(logits)
-            nearest = {} if similarities is None else similarities.nearest
-            expected = {end: nearest[label] for label, end in zip(labels, endings, strict=True) if label in nearest}
-            return classified(score_labels(context, logits, endings, expected, exact=exact), similarities)
+                scores = LabelScores(classifier.scores(prompt, labels, first, scales[first.name]))
+                found = choice.likeliest(scores, None, curves)
+        else:
+            call = self._loaded.call(prompt, adapter, form=form)
+            assert call.labels is not None
+            with call.lease() as context:
+                found = call.labels.of(context, context.run(call.job).logits, curves)
+        sure = found.confidence
+        is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
+        return replace(found, is_unsure=is_unsure, route=route)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

@@ -213,9 +213,7 @@ class _Settling:
         if to is None:
             return
         call, form, options = answer_call.call, answer_call.form, answer_call.options
-        labels = [label for entry in call.entries.values() for label in entry.labels]
-        # An adapter with labels writes them without a constraint; another model has not learned to.
-        output = spec_of(choices=labels) if labels and form.uses_adapter_output else call.output
+        output = call.output if call.labels is None else spec_of(choices=call.labels.labels)
         bounds = {name: options[name] for name in ("stop", "max_tokens") if name in options}
         sampling = sampling_of(options.get("sampling"), bounds)
         try:

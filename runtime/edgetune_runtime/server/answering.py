@@ -17,9 +17,9 @@ from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError, Usage
 from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.classification import Classification
 from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.measuring import loaded_bundle
-from edgetune_runtime.inference.scoring import Classification
 from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.calls import answer_text

@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.answer import Answer
-from edgetune_runtime.inference.scoring import Classification
+from edgetune_runtime.inference.classification import Classification
 
 from .answer_queue import AnswerQueue
 

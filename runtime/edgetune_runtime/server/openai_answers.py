@@ -16,7 +16,7 @@ from urllib.parse import quote
 from edgetune_runtime.bundle import MARK
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.inference.answer import Answer
-from edgetune_runtime.inference.scoring import Classification
+from edgetune_runtime.inference.classification import Classification
 from edgetune_runtime.tools.calls import ToolCall
 
 from .answer_request import AnswerRequest, ClassifyRequest

@@ -542,8 +542,9 @@ def test_export_bundles_peft_folders_without_training(
     assert not any("seconds" in figures for figures in found["adapters"].values())
     with Runtime.open(out, context_length=96) as runtime, Runtime.open(built[0]) as original:
         assert runtime.manifest.adapters["second"].system == "Hi."
-        told = runtime.generate("play", adapter="adapter", max_tokens=8).text
-        assert told == original.generate("play", adapter="tone", max_tokens=8).text
+        told = runtime.generate("play", adapter="adapter", unconstrained=True, max_tokens=8).text
+        # The labels of its recipe are not in the folder.
+        assert told == original.generate("play", adapter="tone", unconstrained=True, max_tokens=8).text
 
 
 BAD_INPUT: dict[str, tuple[int, str, Callable[[Path], object]]] = {

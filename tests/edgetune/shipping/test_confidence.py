@@ -74,8 +74,7 @@ def manifest(built: tuple[Path, list[str]]) -> Manifest:
 
 
 def test_each_format_has_curves_of_its_own(manifest: Manifest) -> None:
-    # A label is chosen by `classify`, or written in a chat.
-    for name, expected in (("command", ["choice"]), ("color", ["label", "value"])):
+    for name, expected in (("command", ["choice"]), ("color", ["label"])):
         curves = manifest.adapter(name).confidence
         assert list(curves) == ["gguf", "onnx"]
         for kinds in curves.values():
@@ -138,7 +137,7 @@ def test_the_build_says_which_answers_can_never_be_sure(built: tuple[Path, list[
     said = "\n".join(built[1])
     # After 24 right answers a confidence is at most 25/26.
     for engine in ("gguf", "onnx"):
-        assert f"{engine} color: all label and value answers are below min_confidence 0.99; lower it, or" in said
+        assert f"{engine} color: all label answers are below min_confidence 0.99; lower it, or" in said
     assert "command: all" not in said
 
 

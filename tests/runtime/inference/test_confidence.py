@@ -13,9 +13,9 @@ from edgetune_runtime import Answer, Runtime, VerificationError
 from edgetune_runtime.bundle import ConfidenceCurve, Scope, read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.decoding.output import spec_of
+from edgetune_runtime.inference.classification import LabelChoice
 from edgetune_runtime.inference.confidence import LABEL, NOTHING, kind_of, log_chance, log_odds
 from edgetune_runtime.inference.label_search import LabelScores
-from edgetune_runtime.inference.scoring import most_likely
 from edgetune_runtime.inference.similarity import Similarities
 from runtime.bundles import change_manifest
 from runtime.conftest import LABEL_CURVE, VALUE_CURVE
@@ -278,7 +278,7 @@ def test_log_odds_of_a_label_say_how_near_its_training_prompts_are(
     curves = {LABEL: ConfidenceCurve(20, 0.5, 0.5, 0.1), NOTHING: ConfidenceCurve(20, 0.5, 2.0, -0.2)}
     scopes = [Scope("other", -1.0, 0.0, 0.0)] if kind == NOTHING else [Scope("other", -1.0, 0.0, 0.0), None]
     for scope in scopes:
-        found = most_likely(("red", "other"), scores, similarities, scope=scope, curves=curves, min_confidence=None)
+        found = LabelChoice(("red", "other"), scope=scope).likeliest(scores, similarities, curves)
         assert (found.label, found.kind) == ("red" if kind == LABEL else "other", kind)
         assert found.log_odds == pytest.approx(odds)
         assert found.confidence == pytest.approx(logistic(curves[kind], odds))

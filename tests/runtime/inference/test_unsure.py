@@ -223,20 +223,6 @@ def test_tools_in_place_of_an_own_constraint_have_no_confidence(sure_bundle: Pat
             assert (len(answer.tool_calls), answer.confidence is not None) == (1, confident)
 
 
-def test_no_text_is_no_label_and_none_that_is_out_of_scope(sure_home: Path) -> None:
-    with Runtime.open(sure_home, disk_mb=0) as runtime:
-        first = runtime.generate(PROMPT, adapter="tone", max_tokens=8).text[0]
-
-    def certain(raw: dict[str, Any]) -> None:
-        curves = raw["adapters"]["tone"]["confidence"]["gguf"]
-        curves["nothing"] = next(iter(curves.values()))
-
-    change_manifest(sure_home, certain)
-    with Runtime.open(sure_home, engine="gguf", disk_mb=0) as runtime:
-        answer = runtime.generate(PROMPT, adapter="tone", stop=first, max_tokens=8)
-        assert (answer.text, answer.kind, answer.confidence) == ("", "nothing", None)
-
-
 def test_a_label_is_marked(opened: Runtime) -> None:
     for min_confidence, is_unsure in ((SURE, False), (UNSURE, True)):
         found = opened.classify(PROMPT, adapter="tone", min_confidence=min_confidence)
