@@ -26,7 +26,9 @@ def learning_curve_of(folder: Path) -> LearningCurve:
         compared = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
         task, sentences = str(compared["task"]), [str(sentence) for sentence in compared["more_rows"]]
         picture = base64.b64encode((folder / "rows.png").read_bytes()).decode("ascii") if sentences else ""
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except OSError as error:
+        raise _no_curve(folder, f": {error.filename}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
         raise _no_curve(folder, f": {error}") from error
     if not sentences:
         raise _no_curve(folder, ", as it has scores for one number of rows")

@@ -48,6 +48,7 @@ from .reading import Reader
 FOLDS = 4
 _TRAINING_SHARE = 0.75
 """Share of the time for training and validation; the rest is for asking the adapters."""
+_OPTION = "--minutes (data.check_minutes)"
 _PASSES = 2
 """Validation passes of a training, which has at least one per epoch."""
 
@@ -59,9 +60,9 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     converted or quantized; nothing else is left. If it runs out, the longest rows are not judged. Raises
     UsageError for rows without answers, for too few, and for a task without estimates, and what a build raises.
     """
-    recipe.task_type.check_offers("label_estimate", "--minutes")
+    recipe.task_type.check_offers("label_estimate", _OPTION)
     if task.metric == "perplexity":
-        raise UsageError(f"the rows of {task.name!r} have no answers that could be wrong", "leave out --minutes")
+        raise UsageError(f"the rows of {task.name!r} have no answers that could be wrong", f"leave out {_OPTION}")
     builder = builders.load(recipe.task)
     plan = plan_bundle(recipe, bases.find(recipe, download=True), shapes_of(recipe))
     work = work_folder(recipe.default_out)
@@ -83,7 +84,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         folds = folds_of([row for row in rows if row.where not in whole.too_long], FOLDS, task.training.seed)
     except UsageError as error:
         message = f"{error.message} to tell which answers are wrong"
-        raise UsageError(message, f"leave out --minutes, or {error.remedy}") from error
+        raise UsageError(message, f"leave out {_OPTION}, or {error.remedy}") from error
     with unsaved() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=folder, plots=False)
         speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s

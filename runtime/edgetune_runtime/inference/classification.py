@@ -67,7 +67,7 @@ class Classification:
 class LabelChoice:
     """How one of `labels` is chosen, whose tokens, with the one that ends each, are `paths`; an encoder has none.
 
-    `prompts` are the adapter's training prompts. They say which label to try first, and where they are `compared` how
+    `prompts` are the adapter's training prompts. They say which label to try first, and with `is_compared` how
     sure it is. `scope` has the label of texts that none of the others fits. With `exact` all labels are computed.
     """
 
