@@ -45,7 +45,7 @@ def asks(bundle: Path, engine: str, threads: int, adapter: str) -> Callable[[Seq
         labels, begin = runtime.manifest.adapter(adapter).labels[:count], time.perf_counter()
         if mode == PROMPT:
             for sentence in sentences:
-                runtime.generate(sentence, adapter=adapter, max_tokens=1)
+                runtime.generate(sentence, adapter=adapter, unconstrained=True, max_tokens=1)
             return Pass((time.perf_counter() - begin) / len(sentences) * 1e3, [], 0.0)
         answers = [runtime.classify(sentence, labels, adapter=adapter, exact=mode == ALL) for sentence in sentences]
         ms = (time.perf_counter() - begin) / len(sentences) * 1e3
