@@ -150,7 +150,7 @@ class AdapterPlan:
             "scale": spec.scale,
             "system": spec.system,
             "merged": spec.merged,
-            "drafts": spec.draft,
+            "drafts": spec.draft and not self.labels,
             "golden": spec.golden,
             "target_modules": list(modules) if isinstance(modules, tuple) else modules,
             "modules": 0 if self.trained is None else len(self.trained.modules),

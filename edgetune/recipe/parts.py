@@ -143,7 +143,8 @@ class AdapterSpec(RecipePart):
     `schema` (a JSON schema or a file), `choices` (a list of texts), `regex`, or `grammar` (Lark or a .lark file), and
     for a schema `spacing` (spaced, compact or any)."""
     draft: bool = True
-    """Ship a draft table, made from the training rows, with which several tokens are decoded per step."""
+    """Ship a draft table, made from the training rows, with which several tokens are decoded per step; adapters with
+    labels need none."""
     golden: bool = True
     """Put the prompt of one validation row and the adapter's answer to it into the manifest, with which
     `edgetune-run check` compares the answers of a device. false: no prompt of a row is in the bundle."""

@@ -71,7 +71,8 @@ class Kind:
 
 def _answer(bundle: Path, adapter: str | None = None, **opening: Any) -> None:  # noqa: ANN401 - of `Runtime.open`
     with Runtime.open(bundle, contexts=1, **{"threads": 1, "disk_mb": 0, **opening}) as runtime:
-        runtime.generate(QUESTION, adapter=adapter, max_tokens=3)
+        # Written token by token, with drafts, also by an adapter with labels.
+        runtime.generate(QUESTION, adapter=adapter, unconstrained=True, max_tokens=3)
 
 
 def _classify(bundle: Path, adapter: str | None) -> None:

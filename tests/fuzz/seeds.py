@@ -206,7 +206,7 @@ def _states(work: Path) -> None:
     """The saved state of the LoRA's prompt, a past answer, and a session."""
     with Runtime.open(work / ADAPTERS, contexts=1, cache_folder=work / STATES, learn_drafts="disk") as runtime:
         runtime.warm([LORA])
-        runtime.generate(QUESTION, adapter=LORA, max_tokens=4)
+        runtime.generate(QUESTION, adapter=LORA, unconstrained=True, max_tokens=4)
         session = runtime.session(LORA)
         session.send(QUESTION, max_tokens=4)
         session.save(work / SESSION)
