@@ -33,12 +33,12 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
     once, digests included, and for a bundle that is new here the child process. `switch_us` is the time of the switch
     call alone, over at least 1,000 calls. `ttft_ms` is the median time to first token of a short message after each
     adapter's own system prompt: with a cold cache (`cold`), and after switching back to an adapter that was used before
-    (`after_switch`). `decode_tokens_per_s` is the median decode speed, token by token, and `share` that of an
-    adapter divided by that of the base right before. `answer_ms` is the median time
-    of an answer of at most 64 tokens, with the adapter's output constraint and drafts, and `tokens_per_step` its mean
-    number of tokens per step, per adapter. `rss_mb` is the resident memory of this process with all adapters except
-    merged ones, `adapter_mb` the size of all adapters in this engine's format, both in 10^6 bytes. `state_mb` is the
-    size of the largest state of a fixed prompt, `state_restore_ms` the median time to restore it. A figure that the
+    (`after_switch`). `decode_tokens_per_s` is the median decode speed, token by token, and `share` that of an adapter
+    divided by that of the base right before. `answer_ms` is the median time of an answer of at most 64 tokens, with the
+    adapter's output constraint and drafts, and `tokens_per_step` its mean number of tokens per step after the prompt,
+    per adapter: 0 for labels, which are not written. `rss_mb` is the resident memory of this process with all adapters
+    except merged ones, `adapter_mb` the size of all adapters in this engine's format, both in 10^6 bytes. `state_mb` is
+    the size of the largest state of a fixed prompt, `state_restore_ms` the median time to restore it. A figure that the
     bundle or the system cannot provide is None.
 
     `busy` names other load or throttling seen before the start, in one line, or is None. `slow` is true when the steps
