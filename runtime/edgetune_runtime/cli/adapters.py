@@ -41,15 +41,18 @@ def remove(options: argparse.Namespace) -> None:
     """`adapters remove`: remove an adapter from a bundle, and its files."""
     from edgetune_runtime.inference.bundle_files import remove_from_bundle  # noqa: PLC0415 - as above
 
-    name = options.name
+    name, had_router = options.name, read_manifest(options.bundle).router is not None
     remove_from_bundle(options.bundle, name)
     if options.json:
         print(json.dumps({"removed": name}))
         return
-    rules = {other: entry.unsure for other, entry in read_manifest(options.bundle).adapters.items()}
+    manifest = read_manifest(options.bundle)
+    rules = {other: entry.unsure for other, entry in manifest.adapters.items()}
     others = [other for other, rule in rules.items() if rule is not None and rule.then == name]
     marked = f"; unsure answers of {first_of(others, separator=', ')} are only marked from now on" if others else ""
-    print(f"removed {printable(name)} from {options.bundle}{marked}")
+    is_lost = had_router and manifest.router is None
+    lost = "; the router, which chose it, is removed too: a build makes another" if is_lost else ""
+    print(f"removed {printable(name)} from {options.bundle}{marked}{lost}")
 
 
 def _row(manifest: Manifest, name: str) -> dict[str, Any]:

@@ -147,12 +147,13 @@ def test_the_command_line_shows_the_choice(home: Path, capsys: pytest.CaptureFix
     assert "generate chooses among command, whole" in capsys.readouterr().out
 
 
-def test_a_router_goes_with_an_adapter_that_it_chooses(home: Path) -> None:
+def test_a_router_goes_with_an_adapter_that_it_chooses(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = read_manifest(home).router.file
     with Runtime.open(home, disk_mb=0) as runtime:
         runtime.remove_adapter("tone")
         with pytest.raises(NotFoundError, match="has no router"):
             runtime.generate("turn on the light", adapter="auto")
     assert main(["adapters", "remove", str(home), "tone"]) == 0
+    assert "the router, which chose it, is removed too" in capsys.readouterr().out
     assert read_manifest(home).router is None
     assert not (home / file).exists()
