@@ -136,7 +136,7 @@ class LabelChoices:
         nor the training prompts tell anything.
         """
         if entry is None:
-            return LabelChoice(labels, self._paths_of(labels))
+            return LabelChoice(labels, self._paths_of(labels), exact=exact)
         is_own = {*labels} == {*entry.labels}
         scope = entry.scope.get(self._engine) if is_alone else None
         if scope is not None and scope.label not in labels:

@@ -325,4 +325,7 @@ class _Answering:
     def _reason_to_stop(self) -> str:
         if self._text.stopped:
             return "stop"
-        return "length" if self._count == self._max_tokens else self._limits.reason()
+        if self._count == self._max_tokens:
+            return "length"
+        # What is left of a label that was found takes no time.
+        return self._limits.reason() if self._found is None else ""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime import Runtime, Scope
+from edgetune_runtime import Classification, Runtime, Scope
+from edgetune_runtime.inference.classification import LabelChoice
 from runtime.bundles import change_manifest
 from runtime.conftest import LABELS
 
@@ -55,6 +57,19 @@ def test_a_label_that_is_cut_off_has_no_confidence(opened: Runtime) -> None:
     tokens = opened.generate(PROMPT, adapter="tone").tokens
     whole = opened.generate(PROMPT, adapter="tone", max_tokens=tokens)
     assert (whole.text, whole.stop_reason, whole.confidence is not None) == (label, "end", True)
+
+
+def test_a_label_that_was_found_is_whole_when_the_time_is_up(opened: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    label, choose, cancel = opened.classify(PROMPT, adapter="tone").label, LabelChoice.of, threading.Event()
+
+    def chosen(*args: Any) -> Classification:  # noqa: ANN401 - those of LabelChoice.of
+        found = choose(*args)
+        cancel.set()
+        return found
+
+    monkeypatch.setattr(LabelChoice, "of", chosen)
+    answer = opened.generate(PROMPT, adapter="tone", cancel=cancel)
+    assert (answer.text, answer.stop_reason) == (label, "end")
 
 
 def test_a_session_goes_on_after_a_label(opened: Runtime) -> None:

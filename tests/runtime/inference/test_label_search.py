@@ -11,8 +11,10 @@ from edgetune_export.backends.base import Source
 from edgetune_runtime import Classification, IncompatibleError, PromptTooLongError, Runtime
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.label_search import LabelTree, score_labels
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.options import AnswerForm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime.bundles import add_onnx, write_bundle
@@ -78,6 +80,15 @@ def test_the_search_finds_the_label_that_scoring_all_labels_finds(
     assert list(everything.probabilities) == labels
     assert everything.unseen == pytest.approx(0, abs=1e-9)
     check_bounds(found, everything)
+
+
+@pytest.mark.parametrize("adapter", [None, "tone", {"tone": 1.0, "command": 1.0}])
+def test_all_labels_are_computed_on_request(open_: Callable[[str, float], Runtime], adapter: Adapters) -> None:
+    loaded = loaded_bundle(open_("gguf", FLAT))
+    for exact in (False, True):
+        choice = loaded.call(PROMPT, adapter, form=AnswerForm(labels=["red", "blue"], exact=exact)).labels
+        assert choice is not None
+        assert (choice.exact, choice.labels) == (exact, ["red", "blue"])
 
 
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
