@@ -37,7 +37,7 @@ from .preflight import require_opens
 from .routing.router import Route
 from .scoring import NegativeLogLikelihood, window_loss
 from .session import Session
-from .unsure import AnswerCall, answer_pieces, check_min_confidence, require_curves
+from .unsure import AnswerCall, answer_pieces, check_min_confidence, is_below, require_curves
 
 _LOG = logging.getLogger(__name__)
 
@@ -241,9 +241,7 @@ class Runtime(AbstractContextManager["Runtime"]):
             assert call.labels is not None
             with call.lease() as context:
                 found = call.labels.of(context, context.run(call.job).logits, curves)
-        sure = found.confidence
-        is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
-        return replace(found, is_unsure=is_unsure, route=route)
+        return replace(found, is_unsure=is_below(found.confidence, min_confidence), route=route)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

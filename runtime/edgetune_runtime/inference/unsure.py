@@ -123,6 +123,11 @@ def check_min_confidence(value: object) -> None:
         raise UsageError(f"min_confidence is {value!r}", "give a number from 0 to 1")
 
 
+def is_below(confidence: float | None, min_confidence: float | None) -> bool:
+    """Whether a confidence is lower than is asked for, if anything is; an unknown one counts as low."""
+    return min_confidence is not None and (confidence is None or confidence < min_confidence)
+
+
 def require_curves(min_confidence: float | None, curves: Curves) -> None:
     """UsageError for a `min_confidence` of answers that have no confidence."""
     if min_confidence is not None and not curves:
@@ -154,9 +159,7 @@ class _Settling:
     def _marked(self) -> Answer:
         answer = self.outcome.answer
         assert answer is not None
-        # An unknown confidence counts as low.
-        is_unsure = answer.confidence is None or answer.confidence < self.rule.min_confidence
-        return replace(answer, is_unsure=is_unsure)
+        return replace(answer, is_unsure=is_below(answer.confidence, self.rule.min_confidence))
 
     def _instead(self, answer: Answer) -> Generator[str, None, None]:
         rule, then = self.rule, self.rule.then
