@@ -85,14 +85,15 @@ def folder_beside(out: Path) -> Iterator[Path]:
 def check_destination(out: Path) -> None:
     """UsageError unless `out` does not exist, is an empty folder, or is a bundle without other files in it.
 
-    UsageError for a name that is too long, below a file, and for the current folder, too. What killed changes of a
-    bundle have left in it counts as its own.
+    UsageError for a name that is too long, below a file or in a bundle, and for the current folder, too. What killed
+    changes of a bundle have left in it counts as its own.
     """
     if (length := len(os.fsencode(out.name))) > _LONGEST_NAME:
         message = f"the name of {out} has {length} bytes, more than {_LONGEST_NAME}"
         raise UsageError(message, "choose a shorter one")
     if any(folder.exists() and not folder.is_dir() for folder in out.parents):
         raise UsageError(f"{out} is below a file", "choose another folder")
+    check_not_in_bundle(out)
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
@@ -101,6 +102,24 @@ def check_destination(out: Path) -> None:
     if not any(out.iterdir()):
         return
     require_own_files(out, "bundle", _files_of_bundle)
+
+
+def check_not_in_bundle(out: Path) -> None:
+    """UsageError for a path in a bundle, which could not be replaced any more."""
+    with suppress(FileNotFoundError):  # a deleted folder has no path any more
+        bundle = next(filter(_is_bundle, out.absolute().parents), None)
+        if bundle is not None:
+            raise UsageError(f"{out} is in the bundle {bundle}, of which it would be no part", "choose another folder")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether it has a manifest of a bundle; other programs have files of this name too."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return False
+    with suppress(EdgetuneError):
+        read_manifest(folder)
+        return True
+    return False
 
 
 def require_own_files(out: Path, kind: str, own_files: Callable[[Path], Collection[str]]) -> None:

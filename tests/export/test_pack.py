@@ -163,6 +163,17 @@ def test_the_folder_of_the_shell_is_not_replaced(work: Path, tmp_path: Path, mon
     check_destination(out)
 
 
+def test_nothing_is_written_into_a_bundle(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = pack(work, tmp_path / "home", MANIFEST)
+    monkeypatch.chdir(home)
+    for out in (home / "new", home / "adapters/new", Path("new")):
+        with pytest.raises(UsageError, match=r"new is in the bundle .*home, of which it would be no part; choose"):
+            check_destination(out)
+    # Other programs have files of this name too.
+    (tmp_path / MANIFEST_NAME).write_text("{}", encoding="utf-8")
+    check_destination(tmp_path / "new")
+
+
 def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path: Path) -> None:
     for letters, extra in ("n", 0), ("ü", 121):
         check_destination(tmp_path / (letters * (242 - extra)))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from edgetune_export.pack import check_not_current, folder_beside, require_own_files
+from edgetune_export.pack import check_not_current, check_not_in_bundle, folder_beside, require_own_files
 from edgetune_runtime.bundle import entry_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing, swap_in
@@ -45,13 +45,14 @@ def sums(files: list[KitFile], kit: bytes) -> bytes:
 def check_destination(out: Path) -> None:
     """UsageError unless `out` is a tar file, does not exist, is an empty folder, or is a kit without other files in it.
 
-    UsageError for the current folder, too.
+    UsageError for the current folder, and in a bundle, too.
     """
     if out.is_symlink() and not is_tar(out):
         raise UsageError(f"{out} is a link", "give the folder itself, or choose another --out")
     if out.exists() and is_tar(out) != out.is_file():
         raise UsageError(f"{out} exists and is not a {'file' if is_tar(out) else 'folder'}", "choose another --out")
     check_not_current(out)
+    check_not_in_bundle(out)
     if is_tar(out) or not out.exists() or not any(out.iterdir()):
         return
     require_own_files(out, "kit", lambda kit: {KIT_NAME, SUMS_NAME, *(file.path for file in read_kit(kit).files)})
