@@ -107,9 +107,9 @@ def check_destination(out: Path) -> None:
 def check_not_in_bundle(out: Path) -> None:
     """UsageError for a path in a bundle, which could not be replaced any more."""
     with suppress(FileNotFoundError):  # a deleted folder has no path any more
-        bundle = next(filter(_is_bundle, out.absolute().parents), None)
+        bundle = next(filter(_is_bundle, out.resolve().parents), None)
         if bundle is not None:
-            raise UsageError(f"{out} is in the bundle {bundle}, of which it would be no part", "choose another folder")
+            raise UsageError(f"{out} is inside the bundle {bundle}", "choose another folder")
 
 
 def _is_bundle(folder: Path) -> bool:

@@ -101,7 +101,7 @@ def learn(
     """
     manifest, out = read_manifest(bundle), named(into or bundle)
     bundle = named(bundle)
-    _check_out(out, bundle, manifest)
+    _check_out(out, manifest)
     work = kept_folder(out)
     with locked(work):
         # Users' words are in it.
@@ -142,11 +142,9 @@ def learn(
         return learned
 
 
-def _check_out(out: Path, bundle: Path, manifest: Manifest) -> None:
+def _check_out(out: Path, manifest: Manifest) -> None:
     """UsageError for a folder that cannot be the new bundle, and for another bundle."""
     check_destination(out)
-    if bundle.resolve() in out.resolve().parents:
-        raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
     if (out / MANIFEST_NAME).exists() and (name := read_manifest(out).name) != manifest.name:
         message = f"{out} is another bundle, {name!r}, not {manifest.name!r}"
         raise UsageError(message, "choose another folder, or delete that one first")
