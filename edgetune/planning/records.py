@@ -136,6 +136,11 @@ class AdapterPlan:
         return self.spec.confidence_folds or 1
 
     @property
+    def has_draft(self) -> bool:
+        """Whether a draft table is made for it; labels are not decoded."""
+        return self.spec.draft and not self.labels
+
+    @property
     def takes_grid(self) -> bool:
         """Whether it is to be merged and can be trained on a grid; what is trained has scale 1."""
         return self.spec.merged and self.spec.scale == 1.0 and methods.load(self.method).trains_on_grid
@@ -150,7 +155,7 @@ class AdapterPlan:
             "scale": spec.scale,
             "system": spec.system,
             "merged": spec.merged,
-            "drafts": spec.draft and not self.labels,
+            "drafts": self.has_draft,
             "golden": spec.golden,
             "target_modules": list(modules) if isinstance(modules, tuple) else modules,
             "modules": 0 if self.trained is None else len(self.trained.modules),

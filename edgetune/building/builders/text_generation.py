@@ -210,8 +210,8 @@ def _with_options(planned: AdapterPlan, options: MethodOptions) -> AdapterPlan:
 def _with_draft(
     item: PreparedAdapter, base: Base, tokenizer: GgufTokenizer, target: str, progress: Progress
 ) -> PreparedAdapter:
-    """The same with a draft table, if the recipe asks for one and it makes decoding faster. Labels are not decoded."""
-    if not item.plan.spec.draft or item.plan.labels:
+    """The same with a draft table, if it is to have one and it makes decoding faster."""
+    if not item.plan.has_draft:
         return item
     digest = digest_of_tokenizer(base.header)
     table, tokens_per_step = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)

@@ -42,11 +42,10 @@ def remove(options: argparse.Namespace) -> None:
     from edgetune_runtime.inference.bundle_files import remove_from_bundle  # noqa: PLC0415 - as above
 
     name, had_router = options.name, read_manifest(options.bundle).router is not None
-    remove_from_bundle(options.bundle, name)
+    manifest = remove_from_bundle(options.bundle, name)
     if options.json:
         print(json.dumps({"removed": name}))
         return
-    manifest = read_manifest(options.bundle)
     rules = {other: entry.unsure for other, entry in manifest.adapters.items()}
     others = [other for other, rule in rules.items() if rule is not None and rule.then == name]
     marked = f"; unsure answers of {first_of(others, separator=', ')} are only marked from now on" if others else ""

@@ -69,9 +69,10 @@ def add_to_bundle(bundle: Path, source: Path, name: str | None, check: Callable[
     return entry
 
 
-def remove_from_bundle(bundle: Path, name: str) -> None:
+def remove_from_bundle(bundle: Path, name: str) -> Manifest:
     """Remove an adapter from a bundle on disk, with its states and all files that nothing else uses.
 
+    Returns the manifest without it.
     NotFoundError for an unknown name, BusyError while another process changes the bundle, EdgetuneError where the
     system refuses.
     """
@@ -82,6 +83,7 @@ def remove_from_bundle(bundle: Path, name: str) -> None:
         changed = replace(changed, files={file: about for file, about in changed.files.items() if file not in states})
         _write(bundle, changed)
         _delete(bundle, manifest.files.keys() - changed.files.keys())
+    return changed
 
 
 def moved(new: NewAdapter, folder: str) -> tuple[AdapterEntry, dict[str, str]]:

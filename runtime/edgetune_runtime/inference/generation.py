@@ -106,8 +106,8 @@ class _Answering:
 
     def _label(self, choice: LabelChoice, begin: float) -> Generator[str, None, None]:
         """The label that is chosen, whatever the sampling is."""
-        context, first = self._context, self._start.logits.copy()
-        self._found = choice.of(context, self._start.logits, self._call.curves)
+        context, first = self._context, self._start.logits
+        self._found = choice.of(context, first, self._call.curves)
         tokens = choice.path_of(self._found.label)
         if self._record is not None:
             rows = [first, *context.extend(tokens[:-1])] if tokens[:-1] else [first]
@@ -165,8 +165,10 @@ class _Answering:
 
     def _is_stopped_within_form(self, text: str) -> bool:
         """Whether a stop text came after this text, where the output constraint, or the label, wanted more."""
-        if self._constraint is None or self._reason != "stop":
-            return self._found is not None and self._reason == "stop"
+        if self._reason != "stop":
+            return False
+        if self._constraint is None:
+            return self._found is not None
         # The stop text, which is no part of the answer, may have begun in an earlier token than the last.
         size = len(text.encode())
         ends = accumulate(len(self._piece(token)) for token in self._constraint.tokens[: self._count])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -87,7 +86,7 @@ def test_a_chat_knows_the_threshold_for_texts_out_of_scope(sure_home: Path, engi
 
     def change(raw: dict[str, Any]) -> None:
         curves = raw["adapters"]["tone"]["confidence"][engine]
-        curves["nothing"] = json.loads(json.dumps(curves["label"])) | {"offset": 1.0}
+        curves["nothing"] = {**curves["label"], "offset": 1.0}
         raw["adapters"]["tone"]["scope"] = {engine: scope}
 
     change_manifest(sure_home, change)
