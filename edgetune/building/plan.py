@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, MARK
-from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError, naming
 from edgetune_runtime.wording import suggestion
 
 from edgetune import bases, methods
@@ -88,7 +88,7 @@ def _check_files(name: str, spec: AdapterSpec, trained: Sequence[Path]) -> None:
     `trained` are the folders in which the build trains.
     """
     method, options = methods.load(spec.method.name), spec.method.options
-    try:
+    with naming(f"adapter {name!r}"):
         method.check_files(options)
         if spec.start_from is not None:
             start = Path(spec.start_from)
@@ -96,8 +96,6 @@ def _check_files(name: str, spec: AdapterSpec, trained: Sequence[Path]) -> None:
                 message = f"start_from is {start}, which this build replaces"
                 raise UsageError(message, "build in another folder, or start from a copy of that one")
             method.check_start(start, options)
-    except EdgetuneError as error:
-        raise type(error)(f"adapter {name!r}: {error.message}", error.remedy) from error
 
 
 def _check_unsure(name: str, spec: AdapterSpec, others: Iterable[str]) -> None:
@@ -118,10 +116,8 @@ def _check_texts(task: Task) -> None:
     """UsageError for rows of plain text that the method cannot learn from; those with marks are seen in training."""
     method, rows = task.spec.method, (*task.trained_rows, *task.choosing)
     texts = [row.where for row in rows if row.messages is None and not _TEMPLATE_MARK.search(row.text or "")]
-    try:
+    with naming(f"adapter {task.name!r}"):
         methods.load(method.name).check_texts(method.options, texts)
-    except UsageError as error:
-        raise UsageError(f"adapter {task.name!r}: {error.message}", error.remedy) from error
 
 
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:

@@ -11,7 +11,7 @@ from edgetune_export.backends.format import Format
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import AdapterSize
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, naming
 
 from edgetune import methods
 from edgetune.bases import BaseSource
@@ -35,13 +35,14 @@ def plan_adapters(
     plans, problems = {}, list[EdgetuneError]()
     for name, spec in recipe.adapters.items():
         try:
-            planned = plan_export(name, spec, shapes[name])
-            if source is not None:
-                check_method(spec.method, shapes[name], source)
-            _check_dtypes(planned)
-            plans[name] = with_options(planned, planned.options, None if source is None else source.shape)
+            with naming(f"adapter {name!r}"):
+                planned = plan_export(name, spec, shapes[name])
+                if source is not None:
+                    check_method(spec.method, shapes[name], source)
+                _check_dtypes(planned)
+                plans[name] = with_options(planned, planned.options, None if source is None else source.shape)
         except EdgetuneError as error:
-            problems.append(type(error)(f"adapter {name!r}: {error.message}", error.remedy))
+            problems.append(error)
     if problems:
         raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(map(str, problems)))
     return plans

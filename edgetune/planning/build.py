@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from edgetune_export.adapters.shapes import Merged
 from edgetune_runtime.decoding.output import OutputSpec
-from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.errors import UsageError, naming
 
 from edgetune import methods
 from edgetune.bases import BaseSource
@@ -81,10 +81,8 @@ def _check_domain(recipe: Recipe, source: BaseSource) -> None:
     """UsageError or IncompatibleError if the method of the recipe's domain, whose result is merged, does not fit."""
     if recipe.domain is None:
         return
-    try:
+    with naming("domain.method"):
         check_method(recipe.domain.method, dict.fromkeys(recipe.targets, Merged.shape), source)
-    except EdgetuneError as error:
-        raise type(error)(f"domain.method: {error.message}", error.remedy) from error
 
 
 def _check_prefixes(plan: BuildPlan) -> None:

@@ -9,7 +9,7 @@ from edgetune_export import backends
 from edgetune_export.adapters.shapes import LowRank
 from edgetune_export.architectures.base import Architecture
 from edgetune_runtime.bundle import GENERATION
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, naming
 
 from edgetune import methods
 from edgetune.methods import MethodOptions
@@ -57,10 +57,8 @@ def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
     shapes = {}
     for name, spec in recipe.adapters.items():
         method, options = spec.method.name, spec.method.options
-        try:
+        with naming(f"adapter {name!r}"):
             shapes[name] = shapes_in(recipe.targets, method, options, merged=spec.merged, task=recipe.task)
-        except IncompatibleError as error:
-            raise IncompatibleError(f"adapter {name!r}: {error.message}", error.remedy) from error
         if spec.scale != 1.0 and not methods.load(method).takes_scale:
             message = f"adapter {name!r}: what {method} trains has no scale"
             raise IncompatibleError(message, "leave scale out")

@@ -138,6 +138,20 @@ def importing(need: str, install: str) -> Iterator[None]:
 
 
 @contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Say in the errors of the block what they are about, such as "adapter 'command'"; a missing library is about none.
+
+    Their types stay as they are.
+    """
+    try:
+        yield
+    except MissingLibraryError:
+        raise
+    except EdgetuneError as error:
+        raise type(error)(f"{subject}: {error.message}", error.remedy) from error
+
+
+@contextmanager
 def parsing(problem: str, remedy: str) -> Iterator[None]:
     """Turn what Python raises at values that a block does not expect into a VerificationError: `problem`, and why."""
     try:

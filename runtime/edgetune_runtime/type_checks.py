@@ -1,12 +1,14 @@
-"""Checks values that were read from JSON, also against type hints."""
+"""Decodes JSON of finite numbers, and checks the values that were read from JSON, also against type hints."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -16,6 +18,21 @@ WORD = re.compile("[a-z0-9_]{1,60}")
 _MOST_BITS = 64
 MOST_BYTES = 10**15
 """No file is larger."""
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+FINITE = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
+"""Decodes JSON; ValueError for numbers that Python reads but cannot write as JSON: NaN, Infinity and such as 1e999."""
 
 
 def matching(pattern: re.Pattern[str], value: object, name: str) -> str:

@@ -84,7 +84,11 @@ def test_an_adapter_is_added_with_its_files_and_removed_with_them(run: Run, home
     assert files_in(home) - names == {"adapters/new/adapter.gguf", "adapters/new/adapter.onnx_adapter"}
     for engine in ("gguf", "onnx"):
         assert answer(home, engine, "new") not in ("", answer(home, engine, "command"))
-    assert run("remove", home, "new", "--json") == (0, '{"removed": "new"}\n', "")
+    assert run("remove", home, "new", "--json") == (
+        0,
+        '{"removed": "new", "only_marked": [], "is_router_removed": false}\n',
+        "",
+    )
     assert files_in(home) == names
     assert json.loads((home / "manifest.json").read_text()) == json.loads(before)
     assert not (home / "adapters/new").exists()

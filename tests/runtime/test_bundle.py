@@ -61,6 +61,15 @@ def test_an_integer_too_large_for_a_float_is_damage(home: Path, place: tuple[str
         read_manifest(home)
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_cannot_have_is_damage(home: Path, number: str) -> None:
+    path = home / "manifest.json"
+    change_manifest(home, lambda raw: raw["adapters"]["tone"].update(provenance={"loss": "NUMBER"}))
+    path.write_text(path.read_text().replace('"NUMBER"', number))
+    with pytest.raises(VerificationError, match=f"is not JSON: {number} is "):
+        read_manifest(home)
+
+
 def test_wrong_counts_of_modules_by_rank_are_damage(home: Path) -> None:
     for wrong in ({"four": 3}, {"4": -3}, {"0": 3}, {"4": None}):
         change_manifest(home, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))

@@ -13,7 +13,7 @@ from edgetune_export.adapters.shapes import Folded, Head, LowRank
 from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
 from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import naming
 from edgetune_runtime.wording import first_of
 from transformers import PreTrainedModel
 
@@ -58,11 +58,9 @@ class TextClassification(Builder[EncoderBase]):
         tokenizer, length = EncoderTokenizer(base.tokenizer), plan.recipe.context_length
         prepared = []
         for task in tasks:
-            try:
+            with naming(f"adapter {task.name!r}"):
                 train, long_train = tokenize_labelled(task.trained_rows, tokenizer, task.labels, length)
                 validation, long_validation = tokenize_labelled(task.choosing, tokenizer, task.labels, length)
-            except UsageError as error:
-                raise UsageError(f"adapter {task.name!r}: {error.message}", error.remedy) from error
             too_long = long_train + long_validation
             if too_long:
                 progress.say(f"{task.name}: {len(too_long)} rows are longer than {length} tokens: {first_of(too_long)}")

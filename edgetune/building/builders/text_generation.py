@@ -16,7 +16,7 @@ from edgetune_export.backends.base import Source
 from edgetune_runtime.bundle import GENERATION, BaseEntry, sha256_of
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import check_loads
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import naming
 from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer
 from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.threads import machine
@@ -153,11 +153,9 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
     planned = plan.adapters[task.name]
     method = methods.load(planned.method)
     capacity = plan.recipe.context_length - method.prefix_tokens(planned.options)
-    try:
+    with naming(f"adapter {task.name!r}"):
         train, validation, too_long = task.tokenize(tokenizer, capacity)
         options = method.prepared(planned.options, tokenizer, (*train, *validation))
-    except UsageError as error:
-        raise UsageError(f"adapter {task.name!r}: {error.message}", error.remedy) from error
     if too_long:
         progress.say(f"{task.name}: {len(too_long)} rows are longer than {capacity} tokens: {first_of(too_long)}")
     planned = _with_options(planned, options)

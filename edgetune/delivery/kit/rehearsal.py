@@ -25,8 +25,7 @@ def require_golden(bundle: Path, engine: str, opening: Opening, progress: Progre
         with Runtime.open(bundle, engine=engine, verify=False, disk_mb=0, contexts=1, **opening.changes) as runtime:
             different = [f"{name}: {answer}" for name, answer in compare(runtime) if answer.is_different]
     except PromptTooLongError as error:
-        message = f"with {options} a golden prompt does not fit: {error.message}"
-        raise VerificationError(message, "give a larger --context-length") from error
+        raise VerificationError(f"with {options}: {error.message}", "give a larger --context-length") from error
     if different:
         message = f"with {options} {len(different)} adapters answer differently than built: {', '.join(different)}"
         longer = [] if opening.context_length is None else ["give a larger --context-length"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError, parsing
-from edgetune_runtime.type_checks import dataclass_of
+from edgetune_runtime.type_checks import FINITE, dataclass_of
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
 from .files import bundle_path, files_only_of, folders_of, resolve, sha256_of, with_present_formats
@@ -74,7 +74,7 @@ def parse_part(data: bytes, where: str) -> Part:
     VerificationError if it is damaged or names files outside its folder, IncompatibleError if it has a newer schema.
     """
     with parsing(f"{where} is damaged", COPY_BUNDLE_AGAIN):
-        raw = json.loads(data)
+        raw = FINITE.decode(data.decode())
         about = raw["part"]
         if about["schema"] != SCHEMA_VERSION:
             message = f"{where} has schema {shortened(str(about['schema']))}, this runtime reads {SCHEMA_VERSION}"

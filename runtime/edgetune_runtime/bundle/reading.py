@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError, parsing
-from edgetune_runtime.type_checks import dataclass_of
+from edgetune_runtime.type_checks import FINITE, dataclass_of
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable, shortened
 
 from .files import bundle_path
@@ -41,7 +40,7 @@ from .records import (
 def parse_manifest(data: bytes, path: Path) -> Manifest:
     """The manifest in `data`, read from `path`, without parts; errors as those of `read_manifest` for a wrong one."""
     with parsing(f"{path} is not JSON", COPY_BUNDLE_AGAIN):
-        raw = json.loads(data.decode("utf-8"))
+        raw = FINITE.decode(data.decode("utf-8"))
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise VerificationError(f"{path} has no schema number", COPY_BUNDLE_AGAIN)
     if raw["schema"] != SCHEMA_VERSION:

@@ -43,13 +43,13 @@ def remove(options: argparse.Namespace) -> None:
 
     name, had_router = options.name, read_manifest(options.bundle).router is not None
     manifest = remove_from_bundle(options.bundle, name)
-    if options.json:
-        print(json.dumps({"removed": name}))
-        return
     rules = {other: entry.unsure for other, entry in manifest.adapters.items()}
     others = [other for other, rule in rules.items() if rule is not None and rule.then == name]
-    marked = f"; unsure answers of {first_of(others, separator=', ')} are only marked from now on" if others else ""
     is_lost = had_router and manifest.router is None
+    if options.json:
+        print(json.dumps({"removed": name, "only_marked": others, "is_router_removed": is_lost}))
+        return
+    marked = f"; unsure answers of {first_of(others, separator=', ')} are only marked from now on" if others else ""
     lost = "; the router, which chose it, is removed too: a build makes another" if is_lost else ""
     print(f"removed {printable(name)} from {options.bundle}{marked}{lost}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune_runtime.bundle import MARK, GoldenAnswer
-from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.errors import NotFoundError, VerificationError, naming
 
 from .runtime import Runtime
 
@@ -39,10 +39,15 @@ class GoldenComparison:
 
 
 def compare(runtime: Runtime) -> Iterator[tuple[str, GoldenComparison]]:
-    """Ask each adapter in turn; its name and how its answer compares. Raises what `generate` and `classify` raise."""
+    """Ask each adapter in turn; its name and how its answer compares. Raises what `generate` and `classify` raise.
+
+    The errors name the adapter.
+    """
     for name in runtime.adapters:
         golden = runtime.manifest.adapter(name).golden.get(runtime.engine)
-        yield name, GoldenComparison(golden, None if golden is None else ask(runtime, name, golden))
+        with naming(f"the golden prompt of adapter {name!r}"):
+            answer = None if golden is None else ask(runtime, name, golden)
+        yield name, GoldenComparison(golden, answer)
 
 
 def report(runtime: Runtime, *, as_json: bool) -> None:

@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is too large")
-    return number
-
-
-FINITE = json.JSONDecoder(parse_float=_finite)
-"""Decodes JSON; ValueError for a number such as 1e999, which Python reads as infinity and cannot write as JSON."""
 _CONTAINERS = frozenset({dict, list})
 
 

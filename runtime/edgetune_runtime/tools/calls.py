@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune_runtime.text.json_text import FINITE
 from edgetune_runtime.text.stream import TextStream, partial_length
+from edgetune_runtime.type_checks import FINITE
 
 from . import escaped
 from .formats import CallFormat, Placeholder

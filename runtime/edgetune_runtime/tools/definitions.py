@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.decoding.schema import closed
-from edgetune_runtime.errors import UsageError, importing
+from edgetune_runtime.errors import UsageError, importing, naming
 from edgetune_runtime.wording import first_line, suggestion
 
 MODES = ("auto", "none", "required")
@@ -101,6 +101,11 @@ def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
     return ToolSet(definitions, choice, checked)
 
 
+def naming_parameters(tool: str) -> AbstractContextManager[None]:
+    """Say in the errors of a block that they are about the parameters of this tool."""
+    return naming(f"the parameters of tool {tool!r}")
+
+
 @lru_cache(maxsize=_MAX_KEPT)
 def check_schemas(tools: ToolSet) -> None:
     """Compile the schema of each tool alone.
@@ -108,7 +113,7 @@ def check_schemas(tools: ToolSet) -> None:
     UsageError, which names the tool, for one that cannot be used. IncompatibleError when llguidance is not installed.
     """
     for tool in tools.tools:
-        with _naming(tool.name):
+        with naming_parameters(tool.name):
             output_of(schema=tool.schema)
 
 
@@ -141,7 +146,7 @@ def _tool(number: int, value: object) -> Tool:
     if _PLAIN.issuperset(schema):
         # Without properties, a function has no arguments.
         schema["properties"] = {}
-    with _naming(name):
+    with naming_parameters(name):
         spec_of(schema=schema)
     return Tool(name, {"type": "function", "function": definition}, closed(schema))
 
@@ -157,14 +162,6 @@ def _ordered(value: Any, schema: object) -> Any:  # noqa: ANN401 - any JSON valu
         return [_ordered(inner, own.get("items")) for inner in value]
     is_whole = isinstance(value, float) and value.is_integer() and own.get("type") == "integer"
     return int(value) if is_whole else value
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"the parameters of tool {name!r}: {error.message}", error.remedy) from error
 
 
 def _of_function(function: Callable[..., Any]) -> dict[str, Any]:

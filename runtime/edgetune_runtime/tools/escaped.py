@@ -14,7 +14,7 @@ from typing import Any
 from edgetune_runtime.decoding.output import SPACINGS
 from edgetune_runtime.decoding.prompt_texts import FROM_PROMPT
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.text.json_text import FINITE
+from edgetune_runtime.type_checks import FINITE
 
 MARKS = {"escaped": "<escape>", "quoted": '<|"|>'}
 """What is before and after a text: FunctionGemma's mark and that of Gemma 4, by the `spacing` of their formats."""

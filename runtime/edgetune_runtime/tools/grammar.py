@@ -15,7 +15,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.states.cache import common_prefix
 
 from . import escaped
-from .definitions import Tool, ToolSet
+from .definitions import Tool, ToolSet, naming_parameters
 from .formats import CallFormat, Placeholder
 
 _NAMED = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
@@ -155,10 +155,8 @@ class _Writer:
         mark = escaped.MARKS.get(self._form.spacing)
         if mark is None:
             return [_json(name, tool.schema, self._form.spacing)]
-        try:
+        with naming_parameters(tool.name):
             return escaped.rules(name, tool.schema, mark, self._literal)
-        except UsageError as error:
-            raise UsageError(f"the parameters of tool {tool.name!r}: {error.message}", error.remedy) from error
 
     def _literal(self, text: str) -> str:
         """The text for a rule, its control tokens by their numbers."""

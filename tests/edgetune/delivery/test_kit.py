@@ -396,7 +396,7 @@ def test_options_with_which_an_adapter_answers_differently_are_refused_before_th
     copy = Path(shutil.copytree(wide, tmp_path / "wide"))
     change_manifest(copy, lambda raw: raw["adapters"]["command"]["golden"]["gguf"].update(answer="on"))
     for options, told in (
-        (("--context-length", "4"), "with --context-length 4 a golden prompt does not fit: "),
+        (("--context-length", "4"), "with --context-length 4: the golden prompt of adapter "),
         (("--kv", "q8_0"), "with --kv q8_0 1 adapters answer differently than built: command: expected 'on', got "),
     ):
         assert make(copy, tmp_path / "kit", wheelhouse, *options) == VerificationError.exit_code

@@ -105,6 +105,17 @@ def test_the_label_of_an_encoder_is_compared(encoder_bundle: Path, checked: Chec
     assert (code, out) == (4, f"place\tsame\npower\texpected {other!r}, got {label!r}\n")
 
 
+def test_a_golden_prompt_that_does_not_fit_is_an_error_that_names_the_adapter(
+    golden: Path, checked: Checked, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(golden, tmp_path / "home"))
+    long = [{"role": "user", "content": "light " * 2000}]
+    change_manifest(copy, lambda raw: entry_of(raw, "tone")["golden"]["gguf"].update(prompt=long))
+    code, out, err = checked(copy, "--engine", "gguf")
+    assert (code, out) == (2, "command\tsame\n")
+    assert err.startswith("edgetune-run: the golden prompt of adapter 'tone': ")
+
+
 def test_a_bundle_without_golden_answers_is_reported_as_one(bundle: Path, checked: Checked) -> None:
     code, out, err = checked(bundle)
     assert (code, out.splitlines()[0]) == (3, "command\tno golden answer")

@@ -18,8 +18,8 @@ def test_a_server_takes_over_the_version_that_its_path_is_switched_to(
     server = start(switch_to(prefix, "a" * 16, bundle))
     assert ask(server, "tone") == 200
     switch_to(prefix, "b" * 16, fewer)
-    wait_for(lambda: ask(server, "tone") == 404)
-    assert server.client.get("/healthz").json()["bundle"] == sha256_of(fewer / "manifest.json")
+    wait_for(lambda: server.client.get("/healthz").json()["bundle"] == sha256_of(fewer / "manifest.json"))
+    assert ask(server, "tone") == 404
     assert ask(server, "command") == 200
     change_manifest(fewer, lambda raw: raw["base"].update(quantization="q4_0"))
     switch_to(prefix, "c" * 16, fewer)

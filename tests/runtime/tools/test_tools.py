@@ -326,8 +326,8 @@ def test_json_with_the_mark_of_calls_in_it_is_no_call() -> None:
     assert ([call.name for call in reader.read(called)[1]], shown(reader, called)) == (["get_time"], "")
 
 
-@pytest.mark.parametrize("number", ["1e999", "9" * 5000])
-def test_a_call_with_a_number_that_is_too_large_is_not_read(number: str) -> None:
+@pytest.mark.parametrize("number", ["1e999", "9" * 5000, "NaN", "-Infinity"])
+def test_a_call_with_a_number_that_json_cannot_have_is_not_read(number: str) -> None:
     escaped = CallFormat("call:", (Placeholder.NAME, Placeholder.ARGUMENTS), None, "", "escaped")
     for form, text in (
         (HERMES, '<tool_call>\n{"name": "heat", "arguments": {"level": NUMBER}}\n</tool_call>'),
