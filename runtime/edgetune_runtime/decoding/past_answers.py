@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -63,7 +63,7 @@ class PastAnswers:
         self, vocab_size: int, path: Path | None = None, adapters: Callable[[], Collection[str]] | None = None
     ) -> None:
         self._path, self._adapters = path, adapters
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._answers: dict[bytes, array[int]] = {}
         self._bytes, self._is_saved, self._saved_s = 0, True, time.monotonic()
         if path is not None:
@@ -86,26 +86,17 @@ class PastAnswers:
             self.save()
 
     def save(self) -> None:
-        """Write the file if there is one, and an answer is new."""
-        with self._lock:
-            self._saved_s = time.monotonic()
-            if self._path is None or self._is_saved:
-                return
-            self._drop_others()
-            if not self._answers:
-                self._is_saved = _delete(self._path)
-                return
-            about = {"answers": [[key.hex(), len(tokens)] for key, tokens in self._answers.items()]}
-            data = array("I")
-            for tokens in self._answers.values():
-                data.extend(tokens)
-            try:
-                for folder in (self._path.parents[1], self._path.parent):
-                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_checked(self._path, KIND, about, memoryview(data).cast("B"))
-                self._is_saved = True
-            except (OSError, OutOfSpaceError) as error:
-                _LOG.warning("cannot save past answers: %s", error)
+        """Write the file if there is one, and an answer is new; other calls go on meanwhile."""
+        with self._writing:
+            with self._lock:
+                self._saved_s = time.monotonic()
+                if self._path is None or self._is_saved:
+                    return
+                self._drop_others()
+                answers, self._is_saved = dict(self._answers), True
+            is_written = _write(self._path, answers) if answers else _delete(self._path)
+            if not is_written:
+                self._is_saved = False
 
     def forget(self, adapter: str) -> None:
         """Forget the answers of an adapter, and those of several adapters together, in the file too."""
@@ -122,9 +113,10 @@ class PastAnswers:
 
     def clear(self) -> None:
         """Forget all answers, in the file too."""
-        with self._lock:
-            self._answers.clear()
-            self._bytes, self._is_saved = 0, True
+        with self._writing:
+            with self._lock:
+                self._answers.clear()
+                self._bytes, self._is_saved = 0, True
             if self._path is not None:
                 _delete(self._path)
 
@@ -164,6 +156,22 @@ def _read(path: Path, vocab_size: int) -> list[tuple[bytes, array[int]]]:
         return []
     rest = iter(tokens)
     return [(key, array("I", islice(rest, length))) for key, length in entries]
+
+
+def _write(path: Path, answers: Mapping[bytes, array[int]]) -> bool:
+    """Whether the answers are in the file; a warning if not."""
+    about = {"answers": [[key.hex(), len(tokens)] for key, tokens in answers.items()]}
+    data = array("I")
+    for tokens in answers.values():
+        data.extend(tokens)
+    try:
+        for folder in (path.parents[1], path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_checked(path, KIND, about, memoryview(data).cast("B"))
+    except (OSError, OutOfSpaceError) as error:
+        _LOG.warning("cannot save past answers: %s", error)
+        return False
+    return True
 
 
 def path_of(cache_folder: Path, name: str, fingerprint: str) -> Path:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +67,24 @@ def test_answers_survive_their_file_until_they_are_forgotten(file: Path) -> None
     assert not file.exists()
     assert last(again, 1) == []
     assert past_answers.clear_all(file.parents[1]) == 0
+
+
+def test_answers_are_looked_up_and_kept_while_a_slow_disk_writes_the_others(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, is_writing, is_slow = PastAnswers(VOCABULARY, file), threading.Event(), threading.Event()
+    keep(answers, [1], [7, 8])
+    monkeypatch.setattr(os, "fsync", lambda _: (is_writing.set(), is_slow.wait(30)))
+    with ThreadPoolExecutor(1) as others:
+        saved = others.submit(answers.save)
+        assert is_writing.wait(30)
+        keep(answers, [2], [9])
+        assert last(answers, 1) == [7, 8]
+        assert not saved.done()
+        is_slow.set()
+    assert [last(PastAnswers(VOCABULARY, file), prompt) for prompt in (1, 2)] == [[7, 8], []]
+    answers.save()
+    assert last(PastAnswers(VOCABULARY, file), 2) == [9]
 
 
 def test_the_answers_of_one_adapter_are_forgotten_in_the_file_too(file: Path) -> None:
