@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
@@ -14,6 +15,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.checked_file import read_checked, write_checked
 from edgetune_runtime.serving.adapters import MergedPool
 from edgetune_runtime.serving.pool import Pool
+from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import Key, SavedState
 from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
@@ -213,10 +215,21 @@ class Session(AbstractContextManager["Session"]):
 def _carried_of(values: Mapping[str, Any] | None) -> CarriedState | None:
     if values is None:
         return None
-    spans = tuple((int(since), dict(adapters)) for since, adapters in values["spans"])
-    return CarriedState([int(token) for token in values["tokens"]], spans, values["system"])
+    tokens, system = [int(token) for token in values["tokens"]], values["system"]
+    if not isinstance(system, str | None):
+        raise TypeError(f"its system prompt is {system!r}")
+    return CarriedState(tokens, _spans_of(values["spans"]), system)
 
 
 def _saved_of(values: Mapping[str, Any], state: memoryview) -> SavedState:
-    spans = tuple((int(since), tuple((str(n), float(s)) for n, s in active)) for since, active in values["spans"])
+    spans = tuple((start, tuple(active.items())) for start, active in _spans_of(values["spans"]))
     return SavedState(Key(values["base"], spans), tuple(int(token) for token in values["tokens"]), state)
+
+
+def _spans_of(values: Iterable[Any]) -> Spans:
+    """The spans of a sequence from its first token on; ValueError for others."""
+    spans = tuple((int(start), {str(n): float(s) for n, s in dict(active).items()}) for start, active in values)
+    starts, scales = [start for start, _ in spans], [scale for _, active in spans for scale in active.values()]
+    if starts[:1] != [0] or starts != sorted({*starts}) or not all(map(math.isfinite, scales)):
+        raise ValueError(f"its spans begin at {starts} with the scales {scales}")
+    return spans

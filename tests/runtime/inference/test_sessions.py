@@ -207,6 +207,18 @@ def test_answers_on_the_state_of_another_adapter_have_no_confidence(sure_bundle:
         session.send(MESSAGES[2], **options)
 
 
+WRONG_SPANS: tuple[Any, ...] = (
+    [],
+    [[1, {"one": 1.0}]],
+    [[0, {}], [0, {}]],
+    [[0, {"one": "x"}]],
+    [[0, {"one": None}]],
+    [[0, {"one": float("nan")}]],
+    [[0, {"one": float("inf")}]],
+    [[0, 5]],
+)
+
+
 def test_files_that_are_no_sessions_are_refused(
     runtime: Runtime, prompted_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -227,6 +239,8 @@ def test_files_that_are_no_sessions_are_refused(
         ("history", [{}]),
         ("adapter", 7),
         ("last", {"tokens": [1e400]}),
+        *(("last", {"tokens": [5], "spans": spans, "system": None}) for spans in WRONG_SPANS),
+        ("last", {"tokens": [5], "spans": [[0, {}]], "system": 7}),
     ):
         changed = json.loads(head)
         changed["about"]["conversation"][key] = value
