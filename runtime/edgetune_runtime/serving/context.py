@@ -241,7 +241,7 @@ class Context(HeldContext):
         self._key, self.owner, self._capacity = key, job.owner, self.engine.capacity(active)
         self._fixed = job.fixed
         if best is not None and cached > live:
-            live = cached if self._restored(best.state, best.ends) else 0
+            live = cached if self._restored(best.state, len(best.tokens), best.ends) else 0
         keep = self.engine.truncate(min(live, len(job.tokens) - 1))
         if keep < job.fixed and self.shared.keeps_fixed(job):
             keep = self._restore_prompt(key, job, boundaries, keep)
@@ -264,24 +264,28 @@ class Context(HeldContext):
         key, tokens = key.until(job.fixed), job.tokens[: job.fixed]
         state = self.shared.cache.prompt(key, tokens)
         if state is not None:
-            return job.fixed if self._restored(state, ends) else 0
+            return job.fixed if self._restored(state, job.fixed, ends) else 0
         prompts = self.shared.prompts
         state = prompts.load(key, tokens) if prompts is not None else None
         if prompts is None or state is None:
             _LOG.debug("miss: no state for the fixed prompt of %d tokens", job.fixed)
             return live
         _LOG.debug("hit: restored the state of the fixed prompt of %d tokens from disk", job.fixed)
-        if not self._restored(state, ends):
+        if not self._restored(state, job.fixed, ends):
             prompts.drop(key, tokens)
             return 0
         self.shared.cache.put(SavedState(key, tuple(tokens), state, tuple(ends)), PROMPTS)
         return job.fixed
 
-    def _restored(self, state: memoryview, ends: Sequence[int]) -> bool:
-        """Restore a state; False if the engine refuses it, which leaves the sequence empty."""
+    def _restored(self, state: memoryview, length: int, ends: Sequence[int]) -> bool:
+        """Restore a state of `length` tokens; False, and an empty sequence, if it has others or is refused."""
         self._ends = []
         try:
             self.engine.restore_state(state)
+            held = self.engine.truncate(self.engine.context_length)
+            if held != length:
+                self.engine.truncate(0)
+                raise VerificationError(f"it has {held} tokens in place of {length}")
         except VerificationError as error:
             _LOG.warning("the engine refused a saved state, so its tokens are recomputed: %s", error)
             return False

@@ -211,8 +211,9 @@ def test_without_budgets_everything_is_computed_and_nothing_written(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_state_that_the_engine_refuses_is_made_again(
-    engine: str, open_: Callable[..., Runtime], tmp_path: Path
+@pytest.mark.parametrize("other", ["zeros", "longer"])
+def test_a_state_of_other_tokens_or_of_none_is_made_again(
+    engine: str, other: str, open_: Callable[..., Runtime], tmp_path: Path
 ) -> None:
     with open_(engine) as runtime:
         expected = runtime.generate(PROMPT, adapter="one", max_tokens=6).text
@@ -221,13 +222,14 @@ def test_a_state_that_the_engine_refuses_is_made_again(
         prompts = context.shared.prompts
         assert prompts is not None
         (path,) = files_of(tmp_path)
-        key = loaded_bundle(runtime).pool(None)[0].saved("").key.until(call.job.fixed)
+        longer = loaded_bundle(runtime).pool(None)[0].saved("")
+        key = longer.key.until(call.job.fixed)
         identity = prompts.identity(key, call.job.tokens[: call.job.fixed])
     store = StateStore(tmp_path / "states", 1)
     assert store.path_of(identity) == path
     store.drop(identity)
-    # Whole by its checksum, and yet no state.
-    store.save(identity, memoryview(bytes(1000)), "home: one", 3)
+    # Whole by its checksum, and yet not that of these tokens.
+    store.save(identity, longer.state if other == "longer" else memoryview(bytes(1000)), "home: one", 3)
     with open_(engine) as runtime:
         # What begins alike leaves a live sequence, which refusing the state takes away.
         alike = [{"role": "system", "content": LONG_PROMPTS[0][:20]}, {"role": "user", "content": PROMPT}]
