@@ -94,6 +94,15 @@ def test_an_adapter_is_added_with_its_files_and_removed_with_them(run: Run, home
     assert not (home / "adapters/new").exists()
 
 
+def test_files_outside_the_bundle_are_not_deleted_through_a_linked_folder(run: Run, home: Path, tmp_path: Path) -> None:
+    outside = (home / "adapters/tone").rename(tmp_path / "outside")
+    (home / "adapters/tone").symlink_to(outside)
+    names, before = files_in(outside), (home / "manifest.json").read_bytes()
+    code, _, err = run("remove", home, "tone")
+    assert (code, "points outside the bundle" in err) == (4, True)
+    assert (files_in(outside), (home / "manifest.json").read_bytes()) == (names, before)
+
+
 def test_a_merged_adapter_moves_with_all_files_of_its_models(run: Run, home: Path, merged_bundle: Path) -> None:
     expected = answer(merged_bundle, "onnx", "other")
     assert run("add", home, merged_bundle, "--adapter", "other")[0] == 0

@@ -122,6 +122,8 @@ def _check_references(manifest: Manifest, path: Path) -> None:
             message = f"{path} has adapter {adapter.name!r} under the name {name!r}"
             raise VerificationError(message, COPY_BUNDLE_AGAIN)
         unknown = [shape for shape in adapter.shapes.values() if shape not in SHAPES]
+        if not adapter.files:
+            raise VerificationError(f"adapter {adapter.name!r} has no file in any format", "build the bundle again")
         if unknown or adapter.shapes.keys() != adapter.files.keys():
             message = f"adapter {adapter.name!r} has unknown shapes {unknown}, or a file without a shape"
             raise VerificationError(message, "update edgetune-runtime")

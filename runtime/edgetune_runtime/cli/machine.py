@@ -33,7 +33,7 @@ def list_states(options: argparse.Namespace) -> None:
         print(json.dumps(rows, ensure_ascii=False))
         return
     for entry in entries:
-        print(f"{printable(entry.label)}\t{entry.tokens} tokens\t{entry.bytes / 1e6:.1f} MB\t{entry.engine}")
+        print(f"{printable(entry.label)}\t{entry.tokens} tokens\t{entry.bytes / 1e6:.1f} MB\t{printable(entry.engine)}")
     print(
         f"{len(entries)} states, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB in {store.folder}",
         file=sys.stderr,

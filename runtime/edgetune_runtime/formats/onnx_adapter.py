@@ -26,6 +26,8 @@ _TYPES = {1: np.float32, 10: np.float16}
 """The types that adapters have, by their numbers in the schema's TensorDataType."""
 _MOST_AXES = 4
 """Those of keys and values. A file may claim millions, with a product that takes hours to compute."""
+_LONGEST_NAME = 1000
+"""Bytes of a tensor's name; overlapping ones could otherwise take the square of the file's size."""
 
 _BAD = (OSError, struct.error, ValueError, TypeError, IndexError, OverflowError)
 """What a missing file, and an offset or a size outside the file, end in."""
@@ -43,9 +45,13 @@ def adapter_arrays(path: Path, name: str) -> tuple[dict[str, NDArray[np.generic]
         if mapped[4:8] != _IDENTIFIER or _number(root, 0) != _FORMAT_VERSION:
             raise ValueError(f"no format version {_FORMAT_VERSION}")
         start, count = _vector(root, 3, item_bytes=4)
-        arrays = dict(_parameter(_table(mapped, start + 4 * number)) for number in range(count))
-        if len(arrays) != count:
-            raise ValueError("two tensors of one name")
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for number in range(count):
+            tensor, values = _parameter(_table(mapped, start + 4 * number))
+            # At once: many items may point to the same tensor.
+            if tensor in arrays:
+                raise ValueError(f"two tensors {tensor[:80]!r}")
+            arrays[tensor] = values
         return arrays, _number(root, 2)
     except _BAD as error:
         message = f"the file of adapter {name!r} is not an .onnx_adapter file: {error}"
@@ -55,6 +61,8 @@ def adapter_arrays(path: Path, name: str) -> tuple[dict[str, NDArray[np.generic]
 def _parameter(table: Table) -> tuple[str, NDArray[np.generic]]:
     """The name and the values of a tensor."""
     start, size = _vector(table, 0, item_bytes=1)
+    if size > _LONGEST_NAME:
+        raise ValueError(f"a tensor's name has {size} bytes, more than {_LONGEST_NAME}")
     name = bytes(table.Bytes[start : start + size]).decode("utf-8")
     start, rank = _vector(table, 1, item_bytes=8)
     if rank > _MOST_AXES:

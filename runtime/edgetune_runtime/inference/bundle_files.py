@@ -51,6 +51,7 @@ def add_to_bundle(bundle: Path, source: Path, name: str | None, check: Callable[
         entry, paths = moved(new, _folder_for(new, bundle, manifest))
         files = {paths[file]: about for file, about in new.files.items()}
         require_fits(NewAdapter(entry, files, bundle), manifest)
+        _require_inside(bundle, files)
         verify_files(source, replace(manifest, files=new.files))
         check(entry.name)
         require_space(bundle / MANIFEST_NAME, _MANIFEST_BYTES + sum(about.bytes for about in files.values()))
@@ -81,8 +82,10 @@ def remove_from_bundle(bundle: Path, name: str) -> Manifest:
         changed = without_adapter(manifest, name)
         states = _states_of(bundle, manifest, manifest.adapter(name))
         changed = replace(changed, files={file: about for file, about in changed.files.items() if file not in states})
+        dropped = manifest.files.keys() - changed.files.keys()
+        _require_inside(bundle, dropped)
         _write(bundle, changed)
-        _delete(bundle, manifest.files.keys() - changed.files.keys())
+        _delete(bundle, dropped)
     return changed
 
 
@@ -121,6 +124,12 @@ def _states_of(bundle: Path, manifest: Manifest, entry: AdapterEntry) -> set[str
             if any(digest in identity for digest in digests):
                 states.add(name)
     return states
+
+
+def _require_inside(bundle: Path, names: Iterable[str]) -> None:
+    """VerificationError if one of these files, or a part of an author, leads outside the bundle through a link."""
+    for name in (*names, *parts_in(bundle)):
+        resolve(bundle, name)
 
 
 def _write(bundle: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from edgetune_export.backends.onnx.adapter import write_tensors
 from edgetune_runtime import VerificationError
 from edgetune_runtime.engines.onnx.arrays import model_version
+from edgetune_runtime.formats import onnx_adapter
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 
 FINGERPRINT = "ab" * 32
@@ -52,6 +54,22 @@ def test_tensors_are_views_of_the_file(file: Path) -> None:
     other.replace(file)
     assert np.array_equal(arrays["bias"], TENSORS["bias"])
     assert np.array_equal(adapter_arrays(file, "x")[0]["bias"], 2 * TENSORS["bias"])
+
+
+def test_items_that_point_to_one_tensor_are_refused_at_the_first(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    first, _ = onnx_adapter._vector(onnx_adapter._table(data, 0), 3, item_bytes=4)
+    (offset,) = struct.unpack_from("<I", data, first)
+    struct.pack_into("<I", data, first + 4, offset - 4)
+    file.write_bytes(data)
+    with pytest.raises(VerificationError, match=f"{REFUSED}: two tensors '"):
+        adapter_arrays(file, "x")
+
+
+def test_a_tensor_with_a_long_name_is_refused(tmp_path: Path) -> None:
+    write_tensors({"x" * 1001: TENSORS["bias"]}, tmp_path / "x", dtype="f32", base_fingerprint=FINGERPRINT)
+    with pytest.raises(VerificationError, match="name has 1001 bytes, more than 1000"):
+        adapter_arrays(tmp_path / "x", "x")
 
 
 def test_half_precision_is_read_too(tmp_path: Path) -> None:
