@@ -33,7 +33,7 @@ def wheel(
     from edgetune.delivery.wheel.build import llama_wheel
 
     built = llama_wheel(platform, progress=Progress(quiet=quiet))
-    if out is not None:
+    if out is not None and out.resolve() != built.parent.resolve():
         out.mkdir(parents=True, exist_ok=True)
         built = Path(shutil.copy(built, out))
     print(built)

@@ -38,6 +38,7 @@ MAX_LAYERS = 1024
 """The most layers of a base that is read: a damaged number would take all memory."""
 WEIGHT_FILES = "model*.safetensors"
 """The names of the files with weights."""
+_NOT_CONVERTED = ("bitsandbytes", "awq", "hqq")
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-(\d{1,6})\.safetensors")
@@ -47,7 +48,7 @@ def check_folder(folder: Path) -> Architecture:
     """The architecture of a Hugging Face model folder, before any work is done.
 
     Raises NotFoundError if the folder has no model, VerificationError if its config.json is damaged and
-    IncompatibleError if the architecture is not supported, or if the folder brings code of its own.
+    IncompatibleError if the architecture or the quantization is not supported, or if the folder brings code of its own.
     """
     config, path = read_config(folder), folder / CONFIG_NAME
     if not isinstance(config.get("model_type"), str):
@@ -62,6 +63,10 @@ def check_folder(folder: Path) -> Architecture:
         raise IncompatibleError(message, remedy)
     architecture = architectures.of_model_type(config["model_type"], str(folder))
     text = architecture.text_part(config)
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") in _NOT_CONVERTED:
+        message = f"{folder} is quantized with {quantized['quant_method']}, which llama.cpp's converter cannot read"
+        raise IncompatibleError(message, "use the same model without this quantization, or its .gguf file")
     _check_sizes(text, path)
     with parsing(f"{path} is damaged", "download the model again"):
         architecture.check_config(text)

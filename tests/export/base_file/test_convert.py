@@ -51,6 +51,7 @@ HYBRID = json.dumps({**GRANITE, "layer_types": ["mamba", "attention"]})
 EXPERTS = json.dumps({**GRANITE, "num_local_experts": 8})
 UNROTATED = json.dumps({**GRANITE, "position_embedding_type": None})
 NO_ALPHA = '{"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "factor": 2.0}}'
+BITSANDBYTES = '{"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}'
 BIASED = '{"model_type": "ernie4_5", "use_bias": true}'
 # A build backend without dependencies, as pip asks a source distribution for its metadata.
 BACKEND = f"""\
@@ -203,6 +204,11 @@ def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
         ({"config.json": UNROTATED}, IncompatibleError, "Mamba layers, experts or no rotary embedding"),
         ({"config.json": NO_ALPHA}, IncompatibleError, "rotary embedding (dynamic) without alpha"),
         ({"config.json": BIASED}, IncompatibleError, "an ERNIE with biases"),
+        (
+            {"config.json": BITSANDBYTES},
+            IncompatibleError,
+            "is quantized with bitsandbytes, which llama.cpp's converter",
+        ),
         ({"config.json": LLAMA, "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
         ({"config.json": LLAMA, "pytorch_model.bin": "", "x.safetensors": ""}, NotFoundError, "no .safetensors file"),
         ({"config.json": LLAMA, "model.safetensors": "", INDEX: ELSEWHERE}, VerificationError, "names '../x.safe"),

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from typer.testing import CliRunner
 
+from edgetune.cli.main import app
 from edgetune.common.progress import Progress
 from edgetune.delivery.wheel import toolchain
 from edgetune.delivery.wheel.build import llama_wheel, wheel_name, write_wheel
@@ -94,6 +96,8 @@ def test_a_wheel_in_the_cache_needs_no_compiler(tmp_path: Path, monkeypatch: pyt
     kept.touch()
     assert llama_wheel("linux-aarch64", progress=QUIET) == kept
     assert kept.name.endswith("-py3-none-manylinux_2_36_aarch64.whl")
+    result = CliRunner().invoke(app, ["wheel", "--platform", "linux-aarch64", "--out", str(kept.parent)])
+    assert (result.exit_code, result.stdout) == (0, f"{kept}\n")
 
 
 def test_an_unknown_platform_is_refused_with_the_nearest_name() -> None:
