@@ -43,56 +43,31 @@ class Step:
     train_loss: float | None = None
     val_loss: float | None = None
 
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.done = label, total, 0
+    def __init__(self, label: str, total: int, show: Callable[[Step, str], object] = lambda _step, _note: None) -> None:
+        self.label, self.total, self.done, self._show = label, total, 0, show
 
     def update(self, note: str = "", done: int | None = None) -> None:
         """Report that one more part is done, or `done` parts in total; `note` is a short text, such as the loss."""
         self.done = self.done + 1 if done is None else done
+        self._show(self, note)
 
 
-class _LineStep(Step):
-    """Shows a line with the time left every `every_s` seconds."""
+class _Lines:
+    """Shows a line with the time that a step has left every `every_s` seconds."""
 
-    def __init__(self, label: str, total: int, show: Callable[[str], object], every_s: float) -> None:
-        super().__init__(label, total)
-        self._show, self._every_s, self._start = show, every_s, time.monotonic()
-        self._shown, self._first = self._start, 0
+    def __init__(self, show: Callable[[str], object], every_s: float) -> None:
+        self._show, self._every_s, self._shown = show, every_s, time.monotonic()
+        self._start, self._first, self._last = self._shown, 0, 0
 
-    def update(self, note: str = "", done: int | None = None) -> None:
-        jumped = done is not None and done > self.done + 1
-        super().update(note, done)
-        if jumped:
-            self._first = self.done
-        now = time.monotonic()
-        if now - self._shown < self._every_s or self.done == self._first:
+    def __call__(self, step: Step, note: str) -> None:
+        if step.done > self._last + 1:
+            self._first = step.done
+        self._last, now = step.done, time.monotonic()
+        if now - self._shown < self._every_s or step.done == self._first:
             return
         self._shown = now
-        left_s = (now - self._start) / (self.done - self._first) * (self.total - self.done)
-        self._show(f"{self.label}: {self.done}/{self.total} {note}, {left_s:.0f} s left")
-
-
-class _BarStep(Step):
-    def __init__(self, label: str, total: int, bar: RichBar) -> None:
-        super().__init__(label, total)
-        self._bar = bar
-        self._task = bar.add_task(label, total=total, note="")
-
-    def update(self, note: str = "", done: int | None = None) -> None:
-        super().update(note, done)
-        self._bar.update(self._task, completed=self.done, note=note)
-
-
-class _EventStep(Step):
-    def __init__(self, label: str, total: int, on_progress: OnProgress) -> None:
-        super().__init__(label, total)
-        self._on_progress = on_progress
-
-    def update(self, note: str = "", done: int | None = None) -> None:
-        super().update(note, done)
-        self._on_progress(
-            ProgressEvent(note, self.label, self.done, self.total, train_loss=self.train_loss, val_loss=self.val_loss)
-        )
+        left_s = (now - self._start) / (step.done - self._first) * (step.total - step.done)
+        self._show(f"{step.label}: {step.done}/{step.total} {note}, {left_s:.0f} s left")
 
 
 class Progress:
@@ -121,20 +96,25 @@ class Progress:
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
         """Show a step of `total` parts while the block runs."""
-        if self._on_progress is not None:
-            yield _EventStep(label, total, self._on_progress)
+        if (report := self._on_progress) is not None:
+            yield Step(
+                label,
+                total,
+                lambda step, note: report(ProgressEvent(note, label, step.done, total, step.train_loss, step.val_loss)),
+            )
         elif self._console.is_jupyter and not self._console.quiet:
             with _updating_line() as show:
-                yield _LineStep(label, total, show, _UPDATE_EVERY_S)
+                yield Step(label, total, _Lines(show, _UPDATE_EVERY_S))
         elif not self._on_terminal or self._console.quiet:
-            yield _LineStep(label, total, self._console.print, _LINE_EVERY_S)
+            yield Step(label, total, _Lines(self._console.print, _LINE_EVERY_S))
         else:
             label_column, note_column = (
                 TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}")
             )
             columns = (label_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
             with RichBar(*columns, console=self._console, transient=True) as bar:
-                yield _BarStep(label, total, bar)
+                task = bar.add_task(label, total=total, note="")
+                yield Step(label, total, lambda step, note: bar.update(task, completed=step.done, note=note))
 
 
 @contextmanager
