@@ -123,11 +123,11 @@ def labels_in(rows: Sequence[TaskRow]) -> tuple[str, ...]:
     return tuple(sorted({row.completion for row in rows if row.completion is not None}))
 
 
-def same_but_for_case(labels: Iterable[str]) -> list[list[str]]:
-    """The labels that differ in case alone, those of each word together."""
+def same_but_for_form(labels: Iterable[str]) -> list[list[str]]:
+    """The labels that differ in case or Unicode form alone, those of each word together."""
     by_word: dict[str, list[str]] = {}
     for label in labels:
-        by_word.setdefault(label.casefold(), []).append(label)
+        by_word.setdefault(unicodedata.normalize("NFC", label).casefold(), []).append(label)
     return [same for same in by_word.values() if len(same) > 1]
 
 
@@ -137,12 +137,13 @@ def is_list(label: str) -> bool:
 
 
 def label_doubts(labels: Iterable[str]) -> tuple[str, ...]:
-    """A sentence about each of the `same_but_for_case` labels, and one about those that are lists."""
+    """A sentence about each of the `same_but_for_form` labels, and one about those that are lists."""
     labels = tuple(labels)
     lists = [label for label in labels if is_list(label)]
     doubts = (
-        f"the labels {' and '.join(map(repr, same))} differ only in case, so a right answer may count as wrong"
-        for same in same_but_for_case(labels)
+        f"the labels {' and '.join(map(repr, same))} differ only in case or Unicode form, "
+        "so a right answer may count as wrong"
+        for same in same_but_for_form(labels)
     )
     combined = [f"labels are lists, such as {lists[0]}: each combination is one label"] if lists else []
     return (*doubts, *combined)

@@ -228,6 +228,8 @@ def _with_negatives(task: Task, recipe: Recipe) -> Task:
     assert task.spec.out_of_scope is not None
     if task.metric != "label":
         message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
+        if doubt := form_doubt(task.train):
+            raise UsageError(f"{message}: {doubt}", "correct these rows")
         raise UsageError(message, "set labels or `metric: label`, or remove out_of_scope")
     others = {}
     for name, spec in recipe.others(task.name).items():

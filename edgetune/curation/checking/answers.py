@@ -19,7 +19,7 @@ from edgetune.common.choices import is_complete
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.augmentation.slots import has_value
 from edgetune.tasks.data import TaskRow, kind_of
-from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, is_list, same_but_for_case, without_label
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, is_list, same_but_for_form, without_label
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
@@ -66,14 +66,15 @@ def _other_forms(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
 
 
 def _other_case(labels: Sequence[str], rows: Sequence[SplitRow]) -> Iterator[Finding]:
-    """The rows with a label that differs only in case from one of more rows."""
+    """The rows with a label that differs only in case or Unicode form from one of more rows."""
     by_label: dict[str, list[SplitRow]] = {label: [] for label in labels}
     for item in rows:
         by_label.setdefault(item.row.completion or "", []).append(item)
-    for same in same_but_for_case(labels):
+    for same in same_but_for_form(labels):
         *odd, usual = sorted(same, key=lambda label: len(by_label[label]))
         for label in filter(by_label.__getitem__, odd):
-            yield Finding.of(MISFIT, by_label[label], f"the label {label!r} differs only in case from {usual!r}")
+            note = f"the label {label!r} differs only in case or Unicode form from {usual!r}"
+            yield Finding.of(MISFIT, by_label[label], note)
 
 
 def balance(rows: Sequence[SplitRow], metric: Metric) -> dict[str, dict[str, int]]:

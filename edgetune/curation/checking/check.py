@@ -57,11 +57,14 @@ def check(
     `minutes`, adapters are trained for about this long on each task to find wrong answers (default: `check_minutes` of
     its data).
 
-    Raises UsageError for an unknown adapter, and if a file cannot be read or has no row that can be used.
+    Raises UsageError for an unknown adapter, for tests of one that is not checked, and if a file cannot be read or has
+    no row that can be used.
     """
     tests = tests or {}
     for name in [*tests, *([] if adapter is None else [adapter])]:
         recipe.check_adapter(name)
+        if adapter not in (None, name):
+            raise UsageError(f"there are test rows of {name!r}, but only {adapter!r} is checked", "leave one out")
     names = list(recipe.adapters) if adapter is None else [adapter]
     return [_checked(name, recipe, tests.get(name), minutes, progress) for name in names]
 

@@ -156,7 +156,10 @@ def logged(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]
 
 
 def write_questions(entries: Sequence[LoggedAnswer], path: Path) -> None:
-    """Write the answers as a log, to be completed with their corrections."""
+    """Write the answers as a log, to be completed with their corrections; UsageError if there is none."""
+    if not entries:
+        message = "no answer is left to ask about"
+        raise UsageError(message, "give a log with answers of this bundle's adapters that are not corrected yet")
     write_file(path, "".join(map(line_of, entries)).encode(errors="replace"), is_private=True)
 
 

@@ -149,3 +149,6 @@ def test_a_task_without_labels_has_no_scope(tmp_path: Path) -> None:
     rows = [{"prompt": f"count to {n}", "completion": {"to": n}} for n in range(10)]
     with pytest.raises(UsageError, match="'color' has out_of_scope, but no labels: its metric is json; set labels or"):
         task_with(tmp_path, rows=rows)
+    odd = {"text": "count to nine"}
+    with pytest.raises(UsageError, match=r"1 of \d+ rows have no label, such as .*; correct these rows"):
+        task_with(tmp_path, rows=[*ROWS, odd])

@@ -234,9 +234,16 @@ def test_labels_that_differ_only_in_case_are_named(tmp_path: Path) -> None:
     rows = [{"text": f"{room} lights", "label": ("on", "off")[n % 2]} for n, room in enumerate(ROOMS)]
     found = checked(tmp_path, [*rows, {"text": "light", "label": "On"}], validation=[{"text": "dark", "label": "On"}])
     assert places(found, "misfit") == [["train:11", "validation:1"]]
-    assert found.of_kind("misfit")[0].note == "the label 'On' differs only in case from 'on'"
+    assert found.of_kind("misfit")[0].note == "the label 'On' differs only in case or Unicode form from 'on'"
     task = read_task("home", Recipe.from_file(tmp_path / "recipe.yaml"))
-    assert task.doubts == ("the labels 'On' and 'on' differ only in case, so a right answer may count as wrong",)
+    (doubt,) = task.doubts
+    assert doubt == "the labels 'On' and 'on' differ only in case or Unicode form, so a right answer may count as wrong"
+
+
+def test_labels_that_are_the_same_in_another_unicode_form_are_named(tmp_path: Path) -> None:
+    rows = [{"text": f"{room} lights", "label": ("caf\u00e9", "off")[n % 2]} for n, room in enumerate(ROOMS)]
+    found = checked(tmp_path, [*rows, {"text": "light", "label": "cafe\u0301"}])
+    assert places(found, "misfit") == [["train:11"]]
 
 
 def test_labels_that_are_lists_are_named(tmp_path: Path) -> None:

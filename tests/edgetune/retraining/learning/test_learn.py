@@ -550,6 +550,13 @@ def test_outputs_that_cannot_be_are_refused(
     assert recipe.read_bytes() == home.with_name(NAME).read_bytes()
 
 
+def test_questions_without_an_answer_to_ask_about_are_no_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, questions = logged(home, [{"prompt": "lamp", "adapter": "gone"}]), home.with_name("q.jsonl")
+    assert main(["learn", str(home), "--log", str(log), "--ask", "2", "--questions", str(questions)]) == 2
+    assert "no answer is left to ask about; give a log with answers of this bundle" in capsys.readouterr().err
+    assert not questions.exists()
+
+
 def test_without_rows_to_score_nothing_is_trained(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools: list[Any] = [{"name": "on", "parameters": {"type": "object", "properties": {"room": {"type": "string"}}}}]
     rooms = ("hall", "attic", "den", "loft", "study", "cellar")
