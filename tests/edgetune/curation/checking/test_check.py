@@ -466,6 +466,7 @@ def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--page", recipe], "recipe.yaml is not an .html file, and pages are written as HTML; name it .html"),
         (["--adapter", "one", "--out", "clean.csv"], "clean.csv is not a .jsonl file, and rows are written as JSON"),
         (["--adapter", "one", "--test", "one=gone.jsonl"], "no data file gone.jsonl"),
+        (["--adapter", "one", "--test", "two=gone.jsonl"], "test rows of 'two', but only 'one' is checked; leave one"),
         (["--minutes", "0.5"], "--minutes is '0.5', not a number of at least 1"),
     ):
         assert main(["data", "check", recipe, *options]) in (2, 3)
