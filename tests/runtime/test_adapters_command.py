@@ -18,7 +18,7 @@ import pytest
 from edgetune_export.backends.base import Source
 from edgetune_export.pack import check_destination
 from edgetune_runtime import EdgetuneError, Runtime
-from edgetune_runtime.bundle import read_manifest, verify_files
+from edgetune_runtime.bundle import files_of_format, read_manifest, verify_files
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
 from kills import KILLED, full_from, killed_at, read_only_from
 from runtime.bundles import Adapter, add_router, change_manifest, low_rank, make_foreign, write_both
@@ -101,6 +101,21 @@ def test_files_outside_the_bundle_are_not_deleted_through_a_linked_folder(run: R
     code, _, err = run("remove", home, "tone")
     assert (code, "points outside the bundle" in err) == (4, True)
     assert (files_in(outside), (home / "manifest.json").read_bytes()) == (names, before)
+
+
+def test_an_adapter_without_files_is_not_added(run: Run, home: Path, source: Path) -> None:
+    change_manifest(source, lambda raw: raw["adapters"]["new"].update(files={}, shapes={}))
+    code, _, err = run("add", home, source, "--adapter", "new")
+    assert (code, f"adapter 'new' of bundle {source} has no file; build or copy the bundle again" in err) == (4, True)
+
+
+def test_a_bundle_with_one_format_stays_usable_without_the_adapters_of_the_other(run: Run, home: Path) -> None:
+    change_manifest(home, lambda raw: [raw["adapters"]["tone"][key].pop("gguf") for key in ("files", "shapes")])
+    for file in files_of_format(read_manifest(home), "onnx"):
+        (home / file).unlink()
+    assert run("remove", home, "whole") == (0, f"removed whole from {home}\n", "")
+    assert [line.split("\t")[0] for line in run("ls", home)[1].splitlines()] == ["command", "tone"]
+    assert answer(home, "gguf", "command")
 
 
 def test_a_merged_adapter_moves_with_all_files_of_its_models(run: Run, home: Path, merged_bundle: Path) -> None:

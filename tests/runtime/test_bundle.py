@@ -70,12 +70,6 @@ def test_a_number_that_json_cannot_have_is_damage(home: Path, number: str) -> No
         read_manifest(home)
 
 
-def test_an_adapter_without_files_is_refused(home: Path) -> None:
-    change_manifest(home, lambda raw: raw["adapters"]["tone"].update(files={}, shapes={}))
-    with pytest.raises(VerificationError, match="adapter 'tone' has no file in any format; build the bundle again"):
-        read_manifest(home)
-
-
 def test_wrong_counts_of_modules_by_rank_are_damage(home: Path) -> None:
     for wrong in ({"four": 3}, {"4": -3}, {"0": 3}, {"4": None}):
         change_manifest(home, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))

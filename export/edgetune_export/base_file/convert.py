@@ -38,7 +38,8 @@ MAX_LAYERS = 1024
 """The most layers of a base that is read: a damaged number would take all memory."""
 WEIGHT_FILES = "model*.safetensors"
 """The names of the files with weights."""
-_NOT_CONVERTED = ("bitsandbytes", "awq", "hqq")
+_NOT_CONVERTED = ("aqlm", "awq", "bitsandbytes", "eetq", "higgs", "hqq", "quanto", "spqr", "torchao", "vptq")
+"""Quantizations of transformers that the converter does not read."""
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-(\d{1,6})\.safetensors")

@@ -95,8 +95,8 @@ class PastAnswers:
                 self._drop_others()
                 answers, self._is_saved = dict(self._answers), True
             is_written = _write(self._path, answers) if answers else _delete(self._path)
-            if not is_written:
-                self._is_saved = False
+            with self._lock:
+                self._is_saved &= is_written
 
     def forget(self, adapter: str) -> None:
         """Forget the answers of an adapter, and those of several adapters together, in the file too."""

@@ -19,8 +19,8 @@ from edgetune_runtime.bundle import (
     without_adapter,
 )
 from edgetune_runtime.bundle.signatures import read_signed_manifest
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
-from edgetune_runtime.wording import first_of
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, first_of
 
 from .loaded import LoadedBundle
 from .opening_options import file_of
@@ -44,6 +44,8 @@ def chosen_adapter(manifest: Manifest, folder: Path, name: str | None) -> NewAda
         names = first_of([*manifest.adapters], 20, ", ") or "none"
         raise UsageError(f"bundle {folder} has {len(manifest.adapters)} adapters", f"name one of: {names}")
     entry = manifest.adapter(name or next(iter(manifest.adapters)))
+    if not entry.files:
+        raise VerificationError(f"adapter {entry.name!r} of bundle {folder} has no file", COPY_BUNDLE_AGAIN)
     return NewAdapter(entry, {file: manifest.files[file] for file in files_of(manifest, entry)}, folder)
 
 

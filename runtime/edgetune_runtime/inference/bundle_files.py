@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -149,9 +149,11 @@ def _delete(bundle: Path, names: Iterable[str]) -> None:
     for name in names:
         (bundle / name).unlink(missing_ok=True)
         for folder in (bundle / name).parents:
-            if folder == bundle or any(folder.iterdir()):
+            # A device with one format may lack the folder of another.
+            if folder == bundle or any(folder.glob("*")):
                 break
-            folder.rmdir()
+            with suppress(FileNotFoundError):
+                folder.rmdir()
 
 
 @contextmanager

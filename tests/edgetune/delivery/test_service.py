@@ -13,14 +13,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler
 from itertools import count
 from pathlib import Path
 
 import pytest
 from edgetune_runtime import cli
-from edgetune_runtime.bundle import entry_of
 from edgetune_runtime.store import acknowledgement, service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
@@ -66,16 +64,14 @@ def other_server(port: int) -> Iterator[None]:
 def kit_with_golden(make: KitMaker, answer: str) -> Path:
     """A kit with a golden answer, which the stand-in for the runtime does not give over HTTP."""
     golden = {"prompt": "on", "answer": answer, "max_tokens": 1}
-    adapter = {"name": "command", "method": "lora", "base_fingerprint": "ab"}
-    adapter |= {"shapes": {"gguf": "low_rank"}, "files": {"gguf": "answer.txt"}}
+    adapter = {"name": "command", "method": "lora", "shapes": {}, "files": {}, "base_fingerprint": "ab"}
     base = {
         **{"name": "base", "fingerprint": "ab", "architecture": "llama", "quantization": None, "parameters": 1},
         **{"trained_context_length": 1, "layers": 1, "kv_values_per_token": 1, "tokenizer_sha256": ""},
         **{"chat_template_sha256": "", "files": {}},
     }
     adapters = {"command": adapter | {"golden": {"gguf": golden}}}
-    files = {"answer.txt": asdict(entry_of(answer.encode()))}
-    manifest = {"schema": 2, "name": "home", "base": base, "adapters": adapters, "files": files, "context_length": 1}
+    manifest = {"schema": 2, "name": "home", "base": base, "adapters": adapters, "files": {}, "context_length": 1}
     bundle = {"manifest.json": json.dumps(manifest).encode(), "answer.txt": answer.encode()}
     out = make.folder / f"golden-{answer}"
     make.write(bundle, out)

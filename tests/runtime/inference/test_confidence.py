@@ -241,7 +241,7 @@ def test_the_commands_print_it(sure_bundle: Path, opened: Runtime, capsys: pytes
     )
 
 
-@pytest.mark.parametrize("values", [{"slope": math.inf}, {"rows": -2, "right": 1.0}, {"rows": 1 << 40}, {"right": 1.5}])
+@pytest.mark.parametrize("values", [{"rows": -2, "right": 1.0}, {"rows": 1 << 40}, {"right": 1.5}])
 def test_an_impossible_curve_is_refused(values: dict[str, float], sure_home: Path) -> None:
     assert read_manifest(sure_home).adapter("tone").confidence["onnx"]["label"] == LABEL_CURVE
     change_manifest(sure_home, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(values))

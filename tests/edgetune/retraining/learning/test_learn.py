@@ -421,7 +421,7 @@ def test_an_answer_that_breaks_the_recipes_output_or_is_empty_is_asked_again(hom
 
 
 def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = logged(home, corrections())
+    log = logged(home, [*corrections(), {"prompt": "lamp"}])
     monkeypatch.chdir(home)
     # Without --recipe, it is looked for beside the bundle.
     assert main(["learn", ".", "--log", str(log), "--ask", "1", "--questions", str(home.with_name("q.jsonl"))]) == 0
