@@ -10,9 +10,10 @@ import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.type_checks import refuse_constant
 from edgetune_runtime.wording import shortened
 
 from edgetune.recipe.data import HUB_ID, is_hub_id
@@ -122,11 +123,7 @@ def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
 def json_values(text: str) -> Any:  # noqa: ANN401 - any JSON value
     """The values of a JSON text. Raises BadRowError for one that Python would read as another value than it says, and
     what `json.loads` raises."""
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_with_keys_once)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    return json.loads(text, parse_constant=refuse_constant, parse_float=_finite, object_pairs_hook=_with_keys_once)
 
 
 def _finite(text: str) -> float:

@@ -27,11 +27,12 @@ def _finite(text: str) -> float:
     return number
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number in JSON")
+def refuse_constant(name: str) -> NoReturn:
+    """ValueError for NaN and Infinity: the `parse_constant` of a JSON decoder."""
+    raise ValueError(f"{name} is not a JSON number")
 
 
-FINITE = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
+FINITE = json.JSONDecoder(parse_float=_finite, parse_constant=refuse_constant)
 """Decodes JSON; ValueError for numbers that Python reads but cannot write as JSON: NaN, Infinity and such as 1e999."""
 
 

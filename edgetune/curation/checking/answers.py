@@ -55,7 +55,7 @@ def _other_forms(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
             if problem := problem_of(spec, item.row):
                 yield Finding.of(MISFIT, [item], problem)
     elif task.metric == "label":
-        yield from _other_case(task.labels, answered)
+        yield from _odd_spellings(task.labels, answered)
         if lists := [item for item in answered if is_list(item.row.completion or "")]:
             yield Finding.of(MISFIT, lists, "labels are lists: each combination is one label")
     else:
@@ -65,7 +65,7 @@ def _other_forms(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
         yield from (Finding.of(MISFIT, [item], note) for item in rows if item.row.where in odd)
 
 
-def _other_case(labels: Sequence[str], rows: Sequence[SplitRow]) -> Iterator[Finding]:
+def _odd_spellings(labels: Sequence[str], rows: Sequence[SplitRow]) -> Iterator[Finding]:
     """The rows with a label that differs only in case or Unicode form from one of more rows."""
     by_label: dict[str, list[SplitRow]] = {label: [] for label in labels}
     for item in rows:
