@@ -41,7 +41,7 @@ from .kept import (
     system_doubt,
     unchanged,
 )
-from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, source_of
+from .rows import LearnedRows, TooFewCorrectionsError, compared_rows, doubts, learned_rows, source_of
 
 CORRECTIONS = "corrections"
 
@@ -115,19 +115,18 @@ def learn(
             if doubt := system_doubt(manifest, task):
                 progress.say(f"warning: {name}: {doubt}")
         rows, sets = _rows_of(tasks, corrected, bundle, progress), dict[str, dict[str, Sequence[TaskRow]]]()
-        for name, split in rows.items():
-            for doubt in doubts(tasks[name], split):
-                progress.say(f"{name}: {doubt}")
-            validation = tasks[name].scored([*split.validation, *split.made], split.train)
-            sets[name] = sets_of(name, validation, CORRECTIONS, split.held_out, progress)
-        staged = work / out.name
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.copytree(bundle, staged)
         specs = {
             name: _started(_spec_to_compare(tasks[name], split), bundle, manifest, tasks[name])
             for name, split in rows.items()
         }
         again = loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}, "route": None})
+        for name, split in rows.items():
+            for doubt in doubts(tasks[name], split):
+                progress.say(f"{name}: {doubt}")
+            sets[name] = sets_of(name, compared_rows(tasks[name], split, again), CORRECTIONS, split.held_out, progress)
+        staged = work / out.name
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(bundle, staged)
         build(_of_base(again, bundle, manifest).only(specs), staged, progress=progress, into=True)
         changes = changes_between(*(scored(folder, sets, progress) for folder in (bundle, staged)))
         learned = Learned(out, changes, {name: split.learned for name, split in rows.items()})

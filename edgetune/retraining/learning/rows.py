@@ -13,12 +13,13 @@ from edgetune_runtime.wording import first_of, shortened
 from edgetune.curation.checking.answers import misfits
 from edgetune.curation.checking.duplicates import same_prompts
 from edgetune.curation.checking.findings import CONFLICT, TRAIN, VALIDATION, SplitRow
+from edgetune.recipe.model import Recipe
 from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
 from edgetune.tasks.data import WEIGHT, TaskRow
 from edgetune.tasks.negatives import given, is_made
 from edgetune.tasks.plain_prompts import answered_prompts, shared_prompt
-from edgetune.tasks.task import Task
+from edgetune.tasks.task import Task, read_task
 
 from .corrections import LOG, corrected_rows
 
@@ -104,6 +105,16 @@ def learned_rows(
     made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]
     several = [row.prompt for prompt, row in corrected.items() if len(corrections[prompt]) > 1]
     return LearnedRows([*kept, *learned], validation, held_out, len(learned), made, left_out, unfit, several)
+
+
+def compared_rows(task: Task, rows: LearnedRows, again: Recipe) -> list[TaskRow]:
+    """The validation rows to compare both adapters on: those that the metric can score.
+
+    Made rows that the build of `again` trains on are left out: it draws others if other adapters have corrections too.
+    """
+    trained = {row.prompt_key for row in read_task(task.name, again).train} if rows.made else set()
+    made = [row for row in rows.made if row.prompt_key not in trained]
+    return task.scored([*rows.validation, *made], rows.train)
 
 
 def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:

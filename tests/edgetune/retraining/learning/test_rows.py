@@ -11,7 +11,7 @@ from recipes import make_recipe
 
 from edgetune.recipe.model import Recipe
 from edgetune.retraining.learning.learn import _spec, _spec_to_compare
-from edgetune.retraining.learning.rows import TooFewCorrectionsError, doubts, learned_rows
+from edgetune.retraining.learning.rows import TooFewCorrectionsError, compared_rows, doubts, learned_rows
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
 
@@ -165,6 +165,27 @@ def test_the_users_own_rows_out_of_scope_stay(tmp_path: Path) -> None:
     again = replace(task, train=[*learned.train, *made], validation=[*learned.validation, *learned.held_out])
     more = corrected(*[(f"and {n} by three", "out_of_scope") for n in range(4)])
     assert {row.prompt for row in learned_rows(again, more).train} > {row.prompt for row in learned.train}
+
+
+def test_adapters_are_not_compared_on_made_rows_that_the_new_one_is_trained_on(tmp_path: Path) -> None:
+    rows = [{"text": f"make it {color} {n}", "label": color} for n in range(40) for color in ("red", "warm")]
+    orders = [{"prompt": f"{number} cups of tea", "completion": f"tea {number}"} for number in range(40)]
+    adapters = {
+        "home": {"data": {"train": "rows.jsonl", "held_out": 0.1}, "out_of_scope": True},
+        "shop": {"data": {"train": "orders.jsonl"}},
+    }
+    files = {"rows.jsonl": rows, "orders.jsonl": orders}
+    recipe = make_recipe(tmp_path, "missing.gguf", adapters, data=files)
+    task = read_task("home", recipe)
+    split = learned_rows(task, corrected(*[(f"what is {n} by two", "out_of_scope") for n in range(4)]))
+    assert compared_rows(task, split, recipe) == [*split.validation, *split.made]
+    # Another number of orders, as after corrections of this adapter too.
+    files["orders.jsonl"] = orders[::-1][:33]
+    again = make_recipe(tmp_path, "missing.gguf", adapters, data=files)
+    trained = {row.prompt for row in read_task("home", again).train}
+    kept = compared_rows(task, split, again)
+    assert {row.prompt for row in split.made} & trained
+    assert kept == [row for row in (*split.validation, *split.made) if row.prompt not in trained]
 
 
 def test_a_correction_takes_its_place_in_conversations_too(tmp_path: Path) -> None:
