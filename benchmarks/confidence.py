@@ -33,6 +33,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.tasks.confidence import bins_of, calibration_error, error_if_exact
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.evaluation import ScoredRow, score
+from edgetune.tasks.plain_prompts import plain
 
 EXAMPLE = Path(__file__).parents[1] / "examples/smart-home/data"
 COLUMNS = {"prompt": "text", "completion": ["intent", "slots"]}
@@ -91,7 +92,7 @@ def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: P
     """The recipe of one adapter, with its rows beside the bundle."""
     values = {key: value for key, value in TASKS[task].items() if key not in ("train", "test", "columns")}
     # A build refuses rows for the curves whose prompt is also one of the training rows.
-    by_prompt = {prompt_of(line): line for line in lines_of(folder / f"{TASKS[task]['train']}.jsonl")}
+    by_prompt = {plain(prompt_of(line)): line for line in lines_of(folder / f"{TASKS[task]['train']}.jsonl")}
     lines = [*by_prompt.values()]
     data: dict[str, Any] = {"columns": TASKS[task].get("columns")}
     adapter = {**values, "data": data, "golden": False, "draft": False}
