@@ -145,7 +145,7 @@ def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
     length = max(math.ceil(tokens * _ROOM / _CONTEXT_STEP) * _CONTEXT_STEP, _LEAST_CONTEXT)
     reason = f"tokens of prompt and answer together: the longest row of {name} has {about}{tokens:,}"
     if base is not None and length > (most := base.trained_context_length):
-        reason += f"; the base supports {most:,}" + (", and longer rows are left out" if tokens > most else "")
+        reason += f"; the base supports {most:,}" + (", and rows with more are left out" if tokens > most else "")
         length = most
     return Choice("context_length", length, reason)
 

@@ -77,6 +77,13 @@ def test_wrong_counts_of_modules_by_rank_are_damage(home: Path) -> None:
             read_manifest(home)
 
 
+@pytest.mark.parametrize("labels", [["red", ""], ["red", "warm", "red"]])
+def test_labels_that_cannot_be_told_apart_are_damage(labels: list[str], home: Path) -> None:
+    change_manifest(home, lambda raw: raw["adapters"]["tone"].update(labels=labels))
+    with pytest.raises(VerificationError, match="adapter 'tone' has an empty label, or one twice"):
+        read_manifest(home)
+
+
 def test_the_types_in_a_file_are_those_of_most_values(bundle: Path) -> None:
     base = read_manifest(bundle).base
 

@@ -24,7 +24,6 @@ from edgetune.common.progress import Progress
 from edgetune.curation.checking.check import test_rows_beside
 from edgetune.curation.checking.duplicates import answer_key, prompt_key
 from edgetune.curation.checking.findings import TRAIN, SplitRow
-from edgetune.recipe.data import Columns
 from edgetune.tasks.augmentation.answers import Answer, prompt_of
 from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.plain_prompts import without_system
@@ -32,7 +31,7 @@ from edgetune.tasks.task import Task
 
 from .questions import Questions
 from .row_file import adding_to
-from .row_form import columns_of, row_of
+from .row_form import RowForm
 from .teacher import RefusedRequestError, Reply, RequestsSentError, Teacher, TeacherError
 
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
@@ -89,8 +88,8 @@ class Lesson:
         return self.task.in_scope(self.task.train)
 
     @cached_property
-    def _columns(self) -> Columns:
-        return columns_of(self.task.spec.data)
+    def _form(self) -> RowForm:
+        return RowForm.of(self.task.spec.data)
 
     @cached_property
     def _questions(self) -> Questions:
@@ -217,7 +216,7 @@ class Lesson:
         answers = [self._written(reply.text.strip()) for reply in replies]
         if any(reply.is_cut_off for reply in replies):
             return _LeftOut(_CUT_OFF, answers)
-        row = row_of(self._columns, system, prompt, answers[0])
+        row = self._form.row(system, prompt, answers[0])
         if row is None or not all(self._fits(answer, prompt) for answer in answers):
             return _LeftOut("answers that do not fit the task", answers)
         if len({*map(answer_key, answers)}) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from edgetune.recipe.data import Columns, DataSpec
@@ -10,31 +11,40 @@ from edgetune.tasks.data import standard_columns
 from edgetune.tasks.row_files import entries
 
 
-def columns_of(data: DataSpec) -> Columns:
-    """The columns that the recipe names, or those of the first training row."""
-    if data.columns is not None:
-        return data.columns
-    _, first = next(entries(data.train))
-    columns = standard_columns(first)
-    assert columns is not None
-    return columns
+@dataclass(frozen=True)
+class RowForm:
+    """The form of rows: their columns, and whether their completions are JSON values in place of text."""
 
+    columns: Columns
+    has_values: bool
 
-def row_of(columns: Columns, system: str | None, prompt: str, answer: str) -> dict[str, Any] | None:
-    """The row of a prompt and its answer; None if the answer lacks one of the columns that a completion is made of.
+    @classmethod
+    def of(cls, data: DataSpec) -> RowForm:
+        """The form of the first training row; its columns are those that the recipe names, if it does."""
+        _, first = next(entries(data.train))
+        columns = standard_columns(first) if data.columns is None else data.columns
+        assert columns is not None
+        completion = columns.completion
+        return cls(columns, isinstance(completion, str) and isinstance(first.get(completion), dict | list))
 
-    One with a system prompt is a conversation.
-    """
-    if columns.messages is not None or system is not None:
-        turns = [("system", system), ("user", prompt), ("assistant", answer)]
-        messages = [{"role": role, "content": content} for role, content in turns if content is not None]
-        return {columns.messages or "messages": messages}
-    assert columns.prompt is not None
-    assert columns.completion is not None
-    if isinstance(columns.completion, str):
-        return {columns.prompt: prompt, columns.completion: answer}
-    try:
-        values = json.loads(answer)
-        return {columns.prompt: prompt, **{name: values[name] for name in columns.completion}}
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return None
+    def row(self, system: str | None, prompt: str, answer: str) -> dict[str, Any] | None:
+        """The row of a prompt and its answer; None if the completion cannot be made of the answer.
+
+        One with a system prompt is a conversation.
+        """
+        columns = self.columns
+        if columns.messages is not None or system is not None:
+            turns = [("system", system), ("user", prompt), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns if content is not None]
+            return {columns.messages or "messages": messages}
+        assert columns.prompt is not None
+        assert columns.completion is not None
+        if isinstance(columns.completion, str) and not self.has_values:
+            return {columns.prompt: prompt, columns.completion: answer}
+        try:
+            value = json.loads(answer)
+            if isinstance(columns.completion, str):
+                return {columns.prompt: prompt, columns.completion: value}
+            return {columns.prompt: prompt, **{name: value[name] for name in columns.completion}}
+        except (ValueError, RecursionError, LookupError, TypeError):
+            return None

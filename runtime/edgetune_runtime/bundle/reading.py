@@ -126,6 +126,8 @@ def _check_references(manifest: Manifest, path: Path) -> None:
             raise VerificationError(message, "update edgetune-runtime")
         if not all(_is_possible(curve) for kinds in adapter.confidence.values() for curve in kinds.values()):
             raise VerificationError(f"adapter {name!r} has an impossible confidence curve", COPY_BUNDLE_AGAIN)
+        if "" in adapter.labels or len({*adapter.labels}) < len(adapter.labels):
+            raise VerificationError(f"adapter {name!r} has an empty label, or one twice", COPY_BUNDLE_AGAIN)
         if adapter.base_fingerprint != manifest.base.fingerprint:
             message = f"adapter {adapter.name!r} was made for another base than the one in bundle {manifest.name!r}"
             raise IncompatibleError(message, "build the bundle again")

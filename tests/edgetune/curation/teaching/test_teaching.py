@@ -157,7 +157,7 @@ def test_rows_are_kept_that_fit_and_whose_answers_agree(
     url, out = teacher(reply), tmp_path / "new.jsonl"
     assert command(recipe, url, out, "--yes") == 0
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
-        {"prompt": f"request {number}", "completion": '{"do": "on"}'} for number in (5, 6, 7, 8)
+        {"prompt": f"request {number}", "completion": {"do": "on"}} for number in (5, 6, 7, 8)
     ]
     err = capsys.readouterr().err
     for reason in (
@@ -351,6 +351,12 @@ FORMS = [
         {"q": "new", "a": "yes"},
     ),
     (
+        [{"prompt": f"say {n}", "completion": {"word": f"word {n}"}} for n in range(12)],
+        {},
+        '{"word": "yes"}',
+        {"prompt": "new", "completion": {"word": "yes"}},
+    ),
+    (
         PARTS,
         {"columns": {"prompt": "question", "completion": ["room", "state"]}},
         '{"room": "room 1", "state": "on"}',
@@ -530,7 +536,7 @@ def test_a_run_goes_on_after_a_full_disk_and_after_a_kill(
     assert command(recipe, url, out, "--yes", "--rows", "20") == OutOfSpaceError.exit_code
     assert f"edgetune: no space left to write {out}; free some space and run" in capsys.readouterr().err
     text = out.read_text()
-    assert text.endswith('"}\n')
+    assert text.endswith('"}}\n')
     other.unlink()
     out.write_text(text + '{"prompt": "turn')
     assert command(recipe, url, out, "--yes", "--rows", "20") == 0
