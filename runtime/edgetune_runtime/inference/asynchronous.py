@@ -42,8 +42,9 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
 
     Each answer is computed on a thread of its own, so the event loop never waits for the engine; an encoder answers on
     `runtime.threads` of them. Cancelling the task that awaits an answer or reads a stream ends the answer and frees its
-    context. A call waits for a free context, but not for streams that its own task read last: if for 2 s nobody else
-    reads them, it raises UsageError. `runtime` is the runtime underneath, which may be used too, from any thread.
+    context. A call waits for a free context, but not for streams that its own task read last, or one that has ended: if
+    for 2 s nobody else reads them, it raises UsageError. `runtime` is the runtime underneath, which may be used too,
+    from any thread.
     """
 
     def __init__(self, runtime: Runtime) -> None:

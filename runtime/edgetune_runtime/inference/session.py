@@ -145,6 +145,7 @@ class Session(AbstractContextManager["Session"]):
     @classmethod
     def _load(cls, loaded: LoadedBundle, path: Path) -> Self:
         """Load what `save` wrote; see `Runtime.load_session`."""
+        loaded.lifetime.check()
         stored = read_checked(path, KIND)
         if stored is None and not path.exists():
             raise NotFoundError(f"no file {path}", "check the path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgetune_runtime.errors import BusyError, UsageError
 from edgetune_runtime.wording import CLOSED
@@ -26,7 +27,11 @@ _LOG = logging.getLogger(__name__)
 class Reader:
     """The asyncio task that awaits the call of a thread, or that read its stream last."""
 
-    task: object
+    task: asyncio.Task[Any] | None
+
+    def is_gone_or(self, other: Reader | None) -> bool:
+        """Whether the task has ended, or is that of the other reader."""
+        return self.task is not None and (self.task.done() or (other is not None and self.task is other.task))
 
 
 READER: ContextVar[Reader | None] = ContextVar("READER", default=None)
@@ -50,12 +55,11 @@ class Holder:
     def is_of_this_thread(self) -> bool:
         """Whether this thread used it last, or it is suspended and nobody else reads it.
 
-        A thread that has ended may have left it, or the task that reads it awaits this thread.
+        A thread or a task that has ended may have left it, or the task that reads it awaits this thread.
         """
         if self.thread is threading.current_thread():
             return True
-        reader, mine = self.reader, READER.get()
-        is_of_task = reader is not None and mine is not None and reader.task is mine.task
+        is_of_task = self.reader is not None and self.reader.is_gone_or(READER.get())
         return self.is_suspended and (is_of_task or not self.thread.is_alive())
 
 

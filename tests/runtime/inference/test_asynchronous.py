@@ -268,6 +268,19 @@ def test_a_call_that_would_wait_for_the_stream_of_its_own_task_is_an_error(bundl
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+@pytest.mark.usefixtures("short_patience")
+def test_a_call_that_would_wait_for_the_stream_of_a_task_that_has_ended_is_an_error(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=1) as runtime:
+            stream = runtime.stream(PROMPT, max_tokens=60)
+            # Python 3.11 also makes a task of what `wait_for` waits for.
+            await asyncio.create_task(anext(stream))
+            with pytest.raises(UsageError, match="a stream is still open that nobody else reads"):
+                await in_10_s(runtime.generate(PROMPT), stream)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_a_call_that_waits_for_a_stream_leaves_asyncio_its_threads(bundle: Path) -> None:
     async def main() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))

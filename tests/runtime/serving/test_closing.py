@@ -199,3 +199,12 @@ def test_a_form_is_compiled_once_and_stops_no_call_with_another_form(
     go.set()
     assert [future.result(MOST_S).text for future in slow] == ["slow"] * 3
     assert len(compiled) == 2
+
+
+def test_a_closed_runtime_blames_no_file_of_a_session(open_: Callable[..., Runtime], tmp_path: Path) -> None:
+    runtime = open_()
+    with runtime.session() as session:
+        session.save(tmp_path / "talk.session")
+    runtime.close()
+    with pytest.raises(UsageError, match="^the runtime is closed"):
+        runtime.load_session(tmp_path / "talk.session")
