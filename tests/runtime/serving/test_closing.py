@@ -206,5 +206,5 @@ def test_a_closed_runtime_blames_no_file_of_a_session(open_: Callable[..., Runti
     with runtime.session() as session:
         session.save(tmp_path / "talk.session")
     runtime.close()
-    with pytest.raises(UsageError, match="^the runtime is closed"):
+    with pytest.raises(UsageError, match=r"^the runtime is closed"):
         runtime.load_session(tmp_path / "talk.session")
