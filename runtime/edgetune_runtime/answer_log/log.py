@@ -64,7 +64,8 @@ class AnswerLog:
         self._lock = threading.RLock()
         try:
             for file in filter(Path.exists, (path, file_before(path))):
-                if not _is_log(file):
+                # Opening a pipe waits for somebody at its other end.
+                if file.is_fifo() or not _is_log(file):
                     raise UsageError(f"{file} is not a log of answers", "choose another file")
             append_lines(path, "")
         except OSError as error:

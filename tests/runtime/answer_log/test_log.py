@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -346,6 +347,9 @@ def test_a_file_beside_the_log_that_is_not_the_one_before_it_is_refused(manifest
     notes.unlink()
     notes.mkdir()
     with pytest.raises(UsageError, match=r"cannot write .*notes\.1: Is a directory; choose another file"):
+        AnswerLog(path, manifest)
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="notes is not a log of answers; choose another file"):
         AnswerLog(path, manifest)
 
 
