@@ -25,7 +25,7 @@ from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
 
 from .arrays import Arrays, read_arrays, to_float32
-from .ort import graph_error, library_version, open_session
+from .ort import graph_errors, library_version, open_session
 from .tokenizers import encode, load_tokenizer
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
@@ -134,10 +134,8 @@ class EncoderEngine:
             raise UsageError(*CLOSED)
         ids = np.array([tokens], np.int64)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
-        try:
+        with graph_errors():
             (values,) = session.run([output], inputs)
-        except Exception as error:
-            raise graph_error(error) from error
         return np.asarray(values[0], np.float32)
 
 

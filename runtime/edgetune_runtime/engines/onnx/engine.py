@@ -47,7 +47,7 @@ from .arrays import Arrays, read_arrays, sum_of_adapters, to_float32
 from .config import CONFIG_NAME, read_config
 from .hybrid_cache import HybridCache
 from .kv_cache import KvCache
-from .ort import graph_error, library_version, open_session, run_binding, run_options
+from .ort import graph_errors, library_version, open_session, run_binding, run_options
 from .scores import scores_in_order
 from .tokenizers import JsonTokenizer
 
@@ -297,12 +297,10 @@ class OnnxEngine:
         key = tuple(adapters.items())
         if key not in self._bindings:
             tensors = sum_of_adapters([(self._adapters[name], scale) for name, scale in key])
-            try:
+            with graph_errors():
                 self._bindings[key] = tuple(
                     _Binding(self._bind(tensors, side), tensors) for side in range(self._cache.sides)
                 )
-            except Exception as error:
-                raise graph_error(error) from error
             if len(self._bindings) > _BINDINGS:
                 self._bindings.popitem(last=False)
         self._bindings.move_to_end(key)
@@ -346,13 +344,14 @@ class OnnxEngine:
         self._ids[:count] = tokens
         self._start[0] = count - len(out)
         total = self._length + count
-        # Binding takes longer than the smallest operators, so bind only what changed.
-        if binding.count != count:
-            binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
-            self._cache.bind_step(binding.io, count)
-            binding.count = count
-        binding.io.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
-        binding.io.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
+        with graph_errors():
+            # Binding takes longer than the smallest operators, so bind only what changed.
+            if binding.count != count:
+                binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
+                self._cache.bind_step(binding.io, count)
+                binding.count = count
+            binding.io.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+            binding.io.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
         self._options.terminate = False
         run_binding(self._session, binding.io, self._options)
         self._cache.end_run()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,14 @@ def _log(severity: int, _category: str, _session: str, place: str, message: str)
     _LOG.log(logging.DEBUG if _EXPECTED in message else _LEVELS[severity], "%s: %s", place, message)
 
 
-def graph_error(error: Exception) -> VerificationError:
-    """The error for what onnxruntime raises while it computes a graph: RuntimeError, and classes of its own."""
-    reason = shortened(str(error))
-    return VerificationError(f"the graph of the base fails: {reason}", COPY_BUNDLE_AGAIN)
+@contextmanager
+def graph_errors() -> Iterator[None]:
+    """Raise VerificationError for what onnxruntime raises of a graph: RuntimeError, and classes of its own."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime's exceptions have no other common base class
+        reason = shortened(str(error))
+        raise VerificationError(f"the graph of the base fails: {reason}", COPY_BUNDLE_AGAIN) from error
 
 
 def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - an InferenceSession
@@ -109,8 +115,9 @@ def run_options() -> Any:  # noqa: ANN401 - a RunOptions
 def run_binding(session: Any, io: Any, options: Any) -> None:  # noqa: ANN401 - as above
     """Compute a step; StepStopped if another thread stopped it through the options, VerificationError if it fails."""
     try:
-        session.run_with_iobinding(io, options)
-    except Exception as error:  # onnxruntime's exceptions have no other common base class
+        with graph_errors():
+            session.run_with_iobinding(io, options)
+    except VerificationError as error:
         if options.terminate:
             raise StepStopped from error
-        raise graph_error(error) from error
+        raise

@@ -240,6 +240,25 @@ def test_a_valid_graph_that_onnxruntime_refuses_is_a_one_line_error(home_of_both
     assert "NoSuchOperator" in str(error)
 
 
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "logits_start", "present.0.key"])
+def test_a_graph_without_an_input_or_an_output_fails_in_one_line(name: str, home_of_both: Path) -> None:
+    path = home_of_both / "base/onnx/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = "other" if value.name == name else value.name
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["other" if each == name else each for each in names]
+    onnx.save(model, path)
+    sign(home_of_both)
+    with (
+        pytest.raises(VerificationError, match=r"^the graph of the base fails: ") as caught,
+        Runtime.open(home_of_both, engine="onnx", preflight=False) as runtime,
+    ):
+        runtime.generate("turn on the light", max_tokens=2)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def another_onnxruntime() -> Iterator[None]:
     """Lets the test change what `library` finds."""
