@@ -141,7 +141,12 @@ class _StreamThread:
         return not (self._abandoned or self.ended.done())
 
     async def next_piece(self) -> str | None:
-        """The next piece, None after the last one; raises what the stream raised."""
+        """The next piece, None after the last one; raises what the stream raised.
+
+        UsageError in another event loop than the one in which the stream began.
+        """
+        if asyncio.get_running_loop() is not self._loop:
+            raise UsageError("the stream began in another event loop", "read it there, or begin another one")
         self._reader.task = asyncio.current_task()
         piece = await self._pieces.get()
         self._room.release()

@@ -61,7 +61,8 @@ def tokens_within(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]
     tokens = [] if min_tokens > max_tokens else tokenizer.tokenize(text)
     count = max(min_tokens, len(tokens))
     if count > max_tokens:
-        message = f"the prompt has {count} tokens, the context allows 1 to {max_tokens}"
+        least = "" if tokens else "at least "
+        message = f"the prompt has {least}{count} tokens, the context allows 1 to {max_tokens}"
         raise PromptTooLongError(message, "change the prompt, or open the bundle with a larger context_length")
     return tokens
 

@@ -281,6 +281,22 @@ def test_a_call_that_would_wait_for_the_stream_of_a_task_that_has_ended_is_an_er
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_a_stream_is_read_in_the_event_loop_in_which_it_began(bundle: Path) -> None:
+    async def begun() -> tuple[AsyncRuntime, AsyncStream]:
+        runtime = await AsyncRuntime.open(bundle, disk_mb=0)
+        stream = runtime.stream(PROMPT, max_tokens=20)
+        await anext(stream)
+        return runtime, stream
+
+    async def read_on() -> None:
+        with pytest.raises(UsageError, match="the stream began in another event loop"):
+            await anext(stream)
+
+    runtime, stream = asyncio.run(begun())
+    asyncio.run(read_on())
+    runtime.runtime.close()
+
+
 def test_a_call_that_waits_for_a_stream_leaves_asyncio_its_threads(bundle: Path) -> None:
     async def main() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))

@@ -85,7 +85,7 @@ def test_a_raw_prompt_has_control_tokens(opened: Runtime) -> None:
 @pytest.mark.parametrize("text", [f"{CONTROLS[0]}", "<|im_end|>", "turn on the light ", "\n", "7"])
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(opened: Runtime, text: str, raw: bool) -> None:
     begin = time.process_time()
-    with pytest.raises(PromptTooLongError, match="the context allows 1 to"):
+    with pytest.raises(PromptTooLongError, match=r"has at least \d+ tokens, the context allows 1 to"):
         opened.generate(text * (1_000_000 // len(text)), raw=raw)
     assert time.process_time() - begin < 2
 

@@ -6,6 +6,7 @@ is a set of inputs of a run, so switching means passing others, and several thre
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -136,6 +137,10 @@ class EncoderEngine:
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
         with graph_errors():
             (values,) = session.run([output], inputs)
+        shape = (1, self._hidden if output == POOLED else len(adapter[HEAD_BIAS]))
+        if np.shape(values) != shape:
+            message = f"the graph of the base gives {output} of shape {np.shape(values)}, not {shape}"
+            raise VerificationError(message, COPY_BUNDLE_AGAIN)
         return np.asarray(values[0], np.float32)
 
 
@@ -176,7 +181,7 @@ def _hidden_size(header: OnnxHeader, path: Path) -> int:
 
 def _trained_context_length(header: OnnxHeader, path: Path) -> int:
     text = header.metadata.get(TRAINED_CONTEXT_LENGTH, "")
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise VerificationError(f"{path} does not say how many tokens it was trained for", COPY_BUNDLE_AGAIN)
     return int(text)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from damage import flip
 from edgetune_export.backends.base import EncoderSource
@@ -19,7 +20,13 @@ from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageErr
 from edgetune_runtime.bundle import CLASSIFICATION, read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.engines.base import LabelEngine
-from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderEngine
+from edgetune_runtime.engines.onnx.encoder import (
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    LOGITS,
+    TRAINED_CONTEXT_LENGTH,
+    EncoderEngine,
+)
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.encoders import LABELS, MODULES, head, low_rank
@@ -185,6 +192,33 @@ def test_a_graph_of_other_weights_is_refused(
     changed = copy_with(bundle, tmp_path, lambda copy: write_base(other, copy / "base", [low_rank("place")]) and None)
     with pytest.raises(VerificationError, match="not the base that the adapters were made for"):
         Runtime.open(changed)
+
+
+@pytest.mark.parametrize(
+    ("trained", "nodes", "message"),
+    [
+        ("9" * 5000, [], "does not say how many tokens it was trained for"),
+        ("512", [("ReduceSum", ["whole"], {"keepdims": 0})], r"gives logits of shape \(\), not \(1, 3\)"),
+        ("512", [("Concat", ["whole", "whole"], {"axis": 1})], r"gives logits of shape \(1, 6\), not \(1, 3\)"),
+    ],
+)
+def test_a_graph_of_another_form_is_refused(
+    bundle: Path, tmp_path: Path, trained: str, nodes: list[tuple[str, list[str], dict[str, int]]], message: str
+) -> None:
+    def change(copy: Path) -> None:
+        path = copy / "base/onnx/model.onnx"
+        model = onnx.load(path, load_external_data=False)
+        next(entry for entry in model.metadata_props if entry.key == TRAINED_CONTEXT_LENGTH).value = trained
+        for kind, inputs, options in nodes:
+            last = next(node for node in model.graph.node if LOGITS in node.output)
+            last.output[:] = ["whole"]
+            model.graph.node.append(onnx.helper.make_node(kind, inputs, [LOGITS], **options))
+            next(value for value in model.graph.output if value.name == LOGITS).type.tensor_type.ClearField("shape")
+        onnx.save(model, path)
+
+    changed = copy_with(bundle, tmp_path, change)
+    with pytest.raises(VerificationError, match=message), Runtime.open(changed, preflight=False) as runtime:
+        runtime.classify(TEXT, adapter="place")
 
 
 def without(*names: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
