@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Collection, Iterable
 
 from edgetune.tasks.data import TaskRow
 
@@ -22,10 +23,17 @@ _SHORTEST = 2
 """Words of a clause."""
 
 
-def reordered(item: SlottedRow, rng: random.Random) -> TaskRow | None:
+def first_words(items: Iterable[SlottedRow]) -> set[str]:
+    """The words with which prompts begin."""
+    return {word for item in items for word in item.said.lower().split()[:1]}
+
+
+def reordered(item: SlottedRow, rng: random.Random, openers: Collection[str]) -> TaskRow | None:
     """The row with its clauses in another order; None if its clauses and the parts of its answer are not plain pairs.
 
-    Each value must be in the clause of its part, and each part must have one.
+    Each value must be in the clause of its part, and each part must have one. Each clause must begin with one of the
+    `openers`, or each with a value: others may go on with the verb of the clause before, as in `open the hall blinds,
+    attic blinds and close the den blinds`.
     """
     prompt, parts = item.said, item.answer.parts
     pieces = _BETWEEN.split(prompt)
@@ -35,6 +43,7 @@ def reordered(item: SlottedRow, rng: random.Random) -> TaskRow | None:
         or len(item.answer.texts(item.row.turns)) > 1
         or len(clauses) != len(parts)
         or not _are_independent(prompt, clauses)
+        or not _are_whole(item, pieces, openers)
         or not _are_pairs(item, pieces)
     ):
         return None
@@ -51,6 +60,15 @@ def _are_independent(prompt: str, clauses: list[str]) -> bool:
     words = [clause.lower().split() for clause in clauses]
     refers = _REFERRING & set(re.findall(r"\w+", prompt.lower()))
     return not refers and all(len(clause) >= _SHORTEST and clause[0] not in _INCOMPLETE for clause in words)
+
+
+def _are_whole(item: SlottedRow, pieces: list[str], openers: Collection[str]) -> bool:
+    """Whether all clauses begin with a value, or all with an opener and none with a value."""
+    starts = [sum(map(len, pieces[:place])) for place in range(0, len(pieces), 2)]
+    values = {mention.start for slot in item.slots for mention in slot.mentions}
+    return values.issuperset(starts) or (
+        values.isdisjoint(starts) and all(clause.lower().split()[0] in openers for clause in pieces[::2])
+    )
 
 
 def _are_pairs(item: SlottedRow, pieces: list[str]) -> bool:

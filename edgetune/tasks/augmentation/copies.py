@@ -19,7 +19,7 @@ from edgetune.tasks.data import COPY, TaskRow
 from edgetune.tasks.plain_prompts import answered_prompts, plain, shared_prompt
 
 from .answers import Answer, prompt_of
-from .clauses import reordered
+from .clauses import first_words, reordered
 from .english import are_english
 from .noise import noisy
 from .numbers import NUMBERS, YEAR, has_result, has_same_order
@@ -126,6 +126,7 @@ class _Maker:
         placed = [item.answer.has_offsets(prompt_of(item.row), _BEYOND_FLAGS) for item in self._slotted.values()]
         self._least_word = 0 if 2 * sum(placed) >= len(placed) else _BEYOND_FLAGS
         self._values = Values(list(self._slotted.values()), spec.values, schema)
+        self._openers = first_words(self._slotted.values())
         self._numbers: dict[str, list[str]] = {}
         self._answers: dict[str, set[str]] = {}
         for answer in (answer for row in rows for answer in row.answers):
@@ -192,8 +193,10 @@ class _Maker:
             item, changes = exchanged
             row = item.row
         # The words that refer to another clause are English.
-        if item is not None and self._english and rng.random() < 0.5 and (mixed := reordered(item, rng)) is not None:
-            row, changes = mixed, [*changes, "order of clauses"]
+        if item is not None and self._english and rng.random() < 0.5:
+            mixed = reordered(item, rng, self._openers)
+            if mixed is not None:
+                row, changes = mixed, [*changes, "order of clauses"]
         row, kinds = self._with_noise(row, None if item is None else item.answer, rng)
         return row, [*changes, *kinds]
 

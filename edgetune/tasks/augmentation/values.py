@@ -25,7 +25,7 @@ from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, FieldPath, Scalar
 from .dependence import Needs, counting_fields, decided_keys, has_number, is_fixed, is_tied, selects
-from .numbers import YEAR, numbers_in, order
+from .numbers import YEAR, has_result, numbers_in, order, said_numbers
 from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, SlottedRow, has_value, mentions_of, with_values
 
@@ -43,6 +43,8 @@ _CODE, _CODES = re.compile(r"[0-9]{3,6}"), 100
 """Digits that name something and count nothing, and how many others are made of them."""
 _COUNTED = (re.compile(r"([01]\d|2[0-3])[0-5]\d"), re.compile(r"(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\d\d)?"))
 """Times and dates in digits alone."""
+_OF_PARTS = re.compile(r"\d[:/-]\d")
+"""In times and dates."""
 _DRAWS = 8
 """Attempts at another value that fits."""
 Unsaid = tuple[tuple[str, str], ...]
@@ -294,12 +296,28 @@ def _clock_after(item: SlottedRow, slot: Slot) -> list[str]:
 
 
 def _is_followed(item: SlottedRow, slot: Slot) -> bool:
-    """Whether the answers have another number in the field of this one that no text says, and that may be computed."""
-    if not has_number(slot.value):
-        return False
+    """Whether another value may be computed from that of a slot.
+
+    That is one in its field that no text says: another number, or what a later turn answers, as to `undo that`. Or it
+    is a number in the result of a call.
+    """
+    answer, is_number = item.answer, has_number(slot.value)
+    place = answer.place_of(slot.paths[0])
     said = {path for other in item.slots for path in other.paths}
-    scalars = ((path, value) for path, value in item.answer.scalars() if path not in said)
-    return any(item.answer.field(path) == slot.field and has_number(value) for path, value in scalars)
+    unsaid = ((path, value) for path, value in answer.scalars() if path not in said)
+    if any(
+        answer.field(path) == slot.field and ((is_number and has_number(value)) or answer.place_of(path) > place)
+        for path, value in unsaid
+    ):
+        return True
+    results = (str(turn["content"]) for turn in item.row.turns[place:] if turn["role"] == "tool")
+    return is_number and any(_may_follow(slot.value, result) for result in results)
+
+
+def _may_follow(number: Scalar, result: str) -> bool:
+    """Whether the result of a call may be computed from a number: a price, a difference, or a time or date."""
+    numbers = result if has_value(result, number) else f"{number} {result}"
+    return has_result(numbers) or any(_OF_PARTS.search(str(each)) for each in said_numbers(result) if each != number)
 
 
 def _json_results(row: TaskRow) -> list[int]:

@@ -435,6 +435,65 @@ def test_clauses_that_refer_to_others_keep_their_order() -> None:
     assert reordered == {"row 5"}
 
 
+def test_clauses_that_go_on_with_the_verb_of_another_keep_their_order() -> None:
+    def moved(room: str, position: int) -> dict[str, Any]:
+        return {"room": room, "position": position}
+
+    rows = [
+        ("open hall blinds, attic blinds and close den blinds", [("hall", 100), ("attic", 100), ("den", 0)]),
+        ("open the hall blinds, blinds in the attic and close the den", [("hall", 100), ("attic", 100), ("den", 0)]),
+        ("close attic blinds and open the hall", [("attic", 0), ("hall", 100)]),
+        ("hall blinds down, den blinds up", [("hall", 0), ("den", 100)]),
+        ("open the den blinds", [("den", 100)]),
+    ]
+    made = copied(
+        [{"prompt": prompt, "completion": [moved(*part) for part in parts]} for prompt, parts in rows],
+        copies=12,
+        **QUIET,
+    )
+    assert {c.source.where for c in made if "order of clauses" in c.changes} == {"row 3", "row 4"}
+
+
+def talked(
+    asked: str, called: dict[str, Any], result: str, said: str, *more: tuple[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """A conversation with calls of one function, the result of the first one, and what is said about it."""
+
+    def call(arguments: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+        }
+
+    turns = [{"role": "user", "content": asked}, call(called), {"role": "tool", "content": result}]
+    turns.append({"role": "assistant", "content": said})
+    for text, arguments in more:
+        turns += [{"role": "user", "content": text}, call(arguments)]
+    return {"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]}
+
+
+def test_a_value_stays_that_a_later_call_or_the_result_of_its_own_depends_on() -> None:
+    free = [
+        talked(
+            f"turn {state} the {room} lamp, {count} percent",
+            {"state": state, "room": room, "count": count},
+            "done",
+            "Done.",
+        )
+        for state, room, count in (("on", "hall", 20), ("off", "den", 40), ("on", "attic", 60))
+    ]
+    bound = [
+        talked("turn on the hall lamp", {"state": "on"}, "done", "Done.", ("undo that", {"state": "off"})),
+        talked("den lamp please", {"room": "den"}, "done", "Done.", ("the next room too", {"room": "attic"})),
+        talked("order 4 wraps", {"count": 4}, '{"price": 5, "total": 20}', "4 wraps are 20 dollars."),
+        talked("timer of 10 minutes", {"count": 10}, '{"now": "12:00", "ends": "12:10"}', "It ends at 12:10."),
+    ]
+    changed = {c.source.where for c in copied([*free, *bound], copies=9, **QUIET)}
+    assert changed == {"row 1", "row 2", "row 3"}
+    fine = talked("order 4 wraps", {"count": 4}, '{"id": 17, "count": 4}', "4 wraps.", ("off", {"state": "off"}))
+    assert "row 4" in {c.source.where for c in copied([*free, fine], copies=9, **QUIET)}
+
+
 def test_clauses_of_other_languages_keep_their_order() -> None:
     rows = [
         {"prompt": f"öffne das {a} Fenster, danach öffne das {b} Fenster", "completion": [{"area": a}, {"area": b}]}
