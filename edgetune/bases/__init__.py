@@ -114,6 +114,11 @@ class BaseSource:
     shape: BaseShape | None = None
     linear_modules: tuple[SizedModule, ...] = ()
 
+    @property
+    def file(self) -> Path | None:
+        """The GGUF file, if there is one already."""
+        return None if self.is_folder else self.path
+
 
 @dataclass(frozen=True)
 class ImportanceSource:

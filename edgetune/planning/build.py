@@ -1,4 +1,4 @@
-"""Plans a build from its recipe, the base's header and the rows of its data; pure functions."""
+"""Plans a build from its recipe, the base's header and the rows of its data, and changes nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edgetune import methods
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task, Texts
+from edgetune.tasks.tokenization import longest_tokens
 
 from .adapters import check_method, plan_adapters
 from .board import choose_settings
@@ -60,9 +61,16 @@ def _with_data(plan: BuildPlan, task: Task, output: OutputSpec | None) -> Adapte
     adapter, length = plan.adapters[task.name], plan.recipe.context_length
     training, reason = choose_training(task.training, len(task.trained_rows), plan.width, task.metric)
     changes = {"training": training} if reason else {}
-    rows, doubts = plan_rows(task, training, plan.recipe.task_type.added_tokens), list(task.doubts)
-    if rows.longest_tokens > length:
-        message = f"rows have up to about {rows.longest_tokens} tokens, and those of more than {length} are left out"
+    added = plan.recipe.task_type.added_tokens
+    rows, doubts = plan_rows(task, training, added), list(task.doubts)
+    file = None if plan.source is None else plan.source.file
+    # The estimate of the plan is a high one.
+    if (
+        rows.longest_tokens > length
+        and (longest := longest_tokens(task.trained_rows, task.spec.system, file, added)) > length
+    ):
+        about = "about " if file is None else ""
+        message = f"rows have up to {about}{longest} tokens, and those of more than {length} are left out"
         doubts.append(f"{message}; see them with `edgetune data check`, or set a larger context_length")
     return replace(
         adapter,

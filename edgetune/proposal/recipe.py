@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import CLASSIFICATION
-from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import printable
 
@@ -20,9 +17,8 @@ from edgetune.common.command_line import command_line
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow, rows_of
-from edgetune.tasks.estimate import estimated_tokens
 from edgetune.tasks.splitting import split
-from edgetune.tasks.tokenization import tokenize_rows
+from edgetune.tasks.tokenization import longest_tokens
 
 from .choices import Choice, nested_values, text_of
 from .columns import form_of
@@ -34,8 +30,6 @@ _REASONS = {
     DEFAULT_BASE: "135 million parameters in 98 MB, for any board; a larger base gives better answers, but more slowly"
 }
 _USEFUL_ROWS = 100
-# Of the rows, those that seem the longest are tokenized.
-_LONGEST_ROWS = 100
 _CONTEXT_STEP, _LEAST_CONTEXT = 128, 256
 """Context lengths are multiples of the step."""
 _ROOM = 1.25
@@ -136,9 +130,9 @@ def _about_file(files: TaskFiles, sample: Sample) -> str:
 def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
     """The context that the longest row needs, with some room, within what the base was trained for."""
     base = bases.find(draft)
-    file = None if base is None or base.is_folder else base.path
+    file = None if base is None else base.file
     added = draft.task_type.added_tokens
-    longest = [_longest(task.rows, draft.adapters[task.files.name].system, file, added) for task in tasks]
+    longest = [longest_tokens(task.rows, draft.adapters[task.files.name].system, file, added) for task in tasks]
     tokens = max(longest)
     name = tasks[longest.index(tokens)].files.name
     about = "about " if file is None else ""
@@ -148,16 +142,6 @@ def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
         reason += f"; the base supports {most:,}" + (", and rows with more are left out" if tokens > most else "")
         length = most
     return Choice("context_length", length, reason)
-
-
-def _longest(rows: Sequence[TaskRow], system: str | None, file: Path | None, added_tokens: int) -> int:
-    """The tokens of the longest row: counted with the base's GGUF file, if there is one, otherwise estimated."""
-    if file is None:
-        return max(estimated_tokens(row, system) for row in rows) + added_tokens
-    some = sorted(rows, key=lambda row: estimated_tokens(row, system), reverse=True)[:_LONGEST_ROWS]
-    with closing(GgufTokenizer(file)) as tokenizer:
-        examples, _ = tokenize_rows(some, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
-    return max(len(example.tokens) for example in examples)
 
 
 def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) -> str:

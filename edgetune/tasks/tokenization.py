@@ -5,10 +5,14 @@ Uses the runtime's tokenizer and chat template, so training and device see the s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, messages_for
 from edgetune_runtime.tools.definitions import ToolSet
@@ -18,8 +22,12 @@ from edgetune.objectives.base import TrainingRow, row_length
 from edgetune.objectives.example import Example
 
 from .data import TaskRow, is_learned
+from .estimate import estimated_tokens
 
 E = TypeVar("E", bound=TrainingRow)
+
+_LONGEST_ROWS = 100
+"""Of the rows, so many that seem the longest are tokenized."""
 
 
 def tokenize_rows(
@@ -36,6 +44,19 @@ def tokenize_rows(
     Raises UsageError if no row fits, or the chat template rejects a row.
     """
     return fitting(rows, (_example(row, tokenizer, system, loss_on) for row in rows), max_tokens)
+
+
+def longest_tokens(rows: Sequence[TaskRow], system: str | None, file: Path | None, added_tokens: int) -> int:
+    """The tokens of the longest row: counted with the base's GGUF file, if there is one, otherwise estimated.
+
+    The estimate is a high one; `added_tokens` are those besides a row's texts (see `TaskType`).
+    """
+    if file is None:
+        return max(estimated_tokens(row, system) for row in rows) + added_tokens
+    some = sorted(rows, key=lambda row: estimated_tokens(row, system), reverse=True)[:_LONGEST_ROWS]
+    with closing(GgufTokenizer(file)) as tokenizer:
+        examples, _ = tokenize_rows(some, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
+    return max(map(row_length, examples))
 
 
 def fitting(rows: Sequence[TaskRow], examples: Iterable[E], max_tokens: int) -> tuple[list[E], tuple[str, ...]]:

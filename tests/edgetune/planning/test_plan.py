@@ -123,7 +123,7 @@ def test_what_is_odd_about_the_rows_is_a_warning_of_the_plan(tiny_gguf: Callable
     (warning,) = plan_build(recipe).plan.warnings
     assert warning.startswith("command: 20 of 20 validation rows have the prompt of a training row, such as ")
     _, warning = plan_build(recipe.model_copy(update={"context_length": 40})).plan.warnings
-    assert warning.startswith("command: rows have up to about 44 tokens, and those of more than 40 are left out; see")
+    assert warning.startswith("command: rows have up to 47 tokens, and those of more than 40 are left out; see")
 
 
 def test_rows_of_an_encoder_have_no_chat_template(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
