@@ -80,15 +80,14 @@ def _odd_spellings(labels: Sequence[str], rows: Sequence[SplitRow]) -> Iterator[
 def balance(rows: Sequence[SplitRow], metric: Metric) -> dict[str, dict[str, int]]:
     """The rows of each kind of answer, by split; the most frequent kind first. Empty for answers without kinds.
 
-    The kind of an answer is its label, the functions that it calls, or the value of a field that has few values. Texts
+    The kind of an answer is its label, each function that it calls, or the value of a field that has few values. Texts
     are kinds only if no other answer is right by the `metric`: of free texts, some repeat by chance.
     """
     parsed = [json_or_none(item.row.completion or "") for item in rows]
     field = _kind_field(parsed)
     counted: dict[str, Counter[str]] = {}
     for item, value in zip(rows, parsed, strict=True):
-        kind = _kind(item.row, value, field, is_text_kind=metric in EITHER_RIGHT_OR_WRONG)
-        if kind is not None:
+        for kind in _kinds(item.row, value, field, are_texts_kinds=metric in EITHER_RIGHT_OR_WRONG):
             counted.setdefault(kind, Counter())[item.split] += 1
     if not 1 < len(counted) <= _MOST_KINDS or len(counted) * 2 > len(rows):
         return {}
@@ -264,12 +263,12 @@ def _kind_field(parsed: Sequence[object]) -> str | None:
     return min(fitting, key=lambda key: (-len(fitting[key]), len(set(fitting[key]))), default=None)
 
 
-def _kind(row: TaskRow, value: object, field: str | None, *, is_text_kind: bool) -> str | None:
+def _kinds(row: TaskRow, value: object, field: str | None, *, are_texts_kinds: bool) -> set[str]:
     if row.tools is not None:
-        called = [call["function"]["name"] for call in row.turn["tool_calls"]] if row.turn is not None else []
-        return " + ".join(called) or "no call"
+        called = {call["function"]["name"] for call in row.turn["tool_calls"]} if row.turn is not None else set()
+        return called or {"no call"}
     if isinstance(value, dict):
-        return None if field is None else str(value.get(field, f"without {field}"))
+        return set() if field is None else {str(value.get(field, f"without {field}"))}
     if isinstance(value, list):
-        return f"list of {len(value)}"
-    return row.completion if is_text_kind else None
+        return {f"list of {len(value)}"}
+    return {row.completion} if are_texts_kinds and row.completion is not None else set()

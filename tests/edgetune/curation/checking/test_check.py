@@ -221,6 +221,25 @@ def test_labels_that_the_recipe_does_not_list_are_named(tmp_path: Path) -> None:
     assert next(finding.note for finding in found.of_kind("rare")).startswith("time: 4 in train, 1 in validation")
 
 
+def test_a_function_counts_in_each_answer_that_calls_it(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("light", "heat", "lock")]
+
+    def row(text: str, *names: str) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "tool_calls": calls}]
+        return {"messages": turns, "tools": tools}
+
+    rows = [row(f"light the {room}", "light") for room in ROOMS] + [row(f"lock {n}", "lock") for n in range(3)]
+    rows += [row(f"both {n}", "light", "light", "heat") for n in range(6)]
+    found = checked(tmp_path, rows, validation=[row("light it", "light"), row("lock it", "lock")])
+    assert found.balance == {
+        "light": {"train": len(ROOMS) + 6, "validation": 1},
+        "heat": {"train": 6},
+        "lock": {"train": 3, "validation": 1},
+    }
+    assert [finding.note for finding in found.of_kind("rare")] == ["lock: 3 in train, 1 in validation"]
+
+
 def test_a_row_without_a_label_among_labelled_ones_is_named(tmp_path: Path) -> None:
     rows = [{"text": f"is it {word} now", "label": "weather" if n % 2 else "time"} for n, word in enumerate(ROOMS)]
     found = checked(tmp_path, [*rows, {"text": "what is it"}])
