@@ -106,7 +106,7 @@ class NegativesSpec(RecipePart):
     completion: Any
     """The answer to such prompts, such as {"service": "none"}."""
     prompts: tuple[Text, ...] = ()
-    """Your own prompts that are not of this task."""
+    """Your own prompts that are not of this task, which are used before those of other adapters."""
     share: float = Field(default=0.1, gt=0, le=1)
     """Most such rows, as a share of the training rows."""
 

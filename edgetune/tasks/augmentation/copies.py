@@ -164,11 +164,11 @@ class _Maker:
         completion = spec.completion
         answer = completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
         own = {plain(prompt_of(answer)) for row in self._rows for answer in row.answers}
-        prompts = [*spec.prompts, *filter(None, foreign)]
+        others = [*filter(None, foreign)]
+        prompts = [*rng.sample(spec.prompts, len(spec.prompts)), *rng.sample(others, len(others))]
         if all(plain(prompt) in own for prompt in prompts):
             message = "each prompt of data.augment.negatives is one of the task's own rows"
             raise UsageError(message, "give prompts that are not for this task as data.augment.negatives.prompts")
-        rng.shuffle(prompts)
         negatives: list[ChangedRow] = []
         for prompt in prompts:
             source = rng.choice(self._rows)

@@ -600,6 +600,8 @@ def test_negatives_have_prompts_of_other_tasks_alone_and_the_given_answer() -> N
     assert len(negatives) == 11
     assert {c.row.completion for c in negatives} == {'{"service": "none"}'}
     assert all(prompt.startswith(("other ", "hello")) for prompt, _ in pairs(negatives))
+    few = copied(ORDERS, foreign=foreign, negatives={"completion": "none", "prompts": ["hello", "bye"], "share": 0.2})
+    assert {prompt for prompt, _ in pairs([c for c in few if c.changes == ("negative",)])} >= {"hello", "bye"}
 
 
 def test_negatives_of_a_task_with_labels_have_one_of_them(tmp_path: Path) -> None:
