@@ -187,7 +187,7 @@ def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
     command = ["report", str(bundle), "--out", str(report), "--compare"]
     assert main([*command, str(tmp_path / "out")]) == 0
     text = report.read_text(encoding="utf-8")
-    assert f"{sentence}." in text and text.count('src="data:image/png;base64,') == 1
+    assert f"the base is {result.base}.\n{sentence}." in text and text.count('src="data:image/png;base64,') == 1
     assert "img { max-width: 100%; height: auto; }" in text
     assert main([*command, str(compared.request.out)]) == 2
     assert "has no learning curve, as it has scores for one number of rows" in capsys.readouterr().err
