@@ -26,11 +26,10 @@ def uninstall(prefix: Path, say: Say) -> None:
     if not versions.is_installed(prefix):
         raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
     with installing(prefix), changing(prefix):
-        unit = service.installed(prefix, say)
-        if unit is not None and not unit.remove(prefix):
-            say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")
-        updating = timer.installed(prefix, say)
-        if updating is not None:
+        for unit in service.of_prefix(prefix, say):
+            if not unit.remove(prefix):
+                say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")
+        for updating in timer.of_prefix(prefix, say):
             updating.remove(prefix)
         if (prefix / service.SETTINGS_NAME).is_file():
             # Before the settings: without them, a file of this name is that of others.

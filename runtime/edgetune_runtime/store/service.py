@@ -314,6 +314,21 @@ def installed(prefix: Path, say: Say) -> Unit | None:
         return None
 
 
+def of_prefix(prefix: Path, say: Say) -> list[Unit]:
+    """The unit to remove with this prefix; if its settings are damaged, those that an install into it wrote."""
+    damage: list[str] = []
+    unit = installed(prefix, damage.append)
+    if not damage:
+        return [] if unit is None else [unit]
+    user = os.geteuid() != 0
+    files = files_of(prefix, user, ".service")
+    # Others are started by a timer.
+    names = [path.stem for path in files if not path.with_suffix(".timer").exists()]
+    found = f"the units of {prefix} are found by their files: {', '.join(names) or 'none'}"
+    say(f"{prefix / SETTINGS_NAME} is damaged; {found}")
+    return [Unit(name, PORT, user) for name in names]
+
+
 def remember(prefix: Path, unit: Unit | None) -> None:
     """Store the settings of the unit; None if there is none any more."""
     if unit is None:
@@ -344,6 +359,11 @@ def is_of(path: Path, prefix: Path) -> bool:
     start = _OWNER.format(prefix="")
     # A home folder may be a link.
     return first.startswith(start) and Path(first.removeprefix(start)).resolve() == prefix.resolve()
+
+
+def files_of(prefix: Path, user: bool, suffix: str) -> list[Path]:
+    """The files of units, whose names end in `suffix`, that an install into `prefix` by this account wrote."""
+    return [path for path in sorted(Manager(user).folder.glob(f"*{suffix}")) if is_of(path, prefix)]
 
 
 def _protect_home(prefix: Path) -> str:

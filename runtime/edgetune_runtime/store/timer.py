@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from edgetune_runtime.type_checks import dataclass_of
 
 from . import versions
 from .durable import write_text
-from .service import NAME, escaped, is_of, owner_line
+from .service import NAME, escaped, files_of, is_of, owner_line
 from .systemd import Manager
 from .versions import Say
 
@@ -135,3 +136,16 @@ def installed(prefix: Path, say: Say) -> Timer | None:
         say(f"{path} is damaged, so the timer is left as it is ({error})")
         return None
     return timer
+
+
+def of_prefix(prefix: Path, say: Say) -> list[Timer]:
+    """The timer to remove with this prefix; if its settings are damaged, those that an install into it wrote."""
+    damage: list[str] = []
+    timer = installed(prefix, damage.append)
+    if not damage:
+        return [] if timer is None else [timer]
+    user = os.geteuid() != 0
+    names = [path.stem for path in files_of(prefix, user, ".timer")]
+    found = f"the timers of {prefix} are found by their files: {', '.join(names) or 'none'}"
+    say(f"{prefix / SETTINGS_NAME} is damaged; {found}")
+    return [Timer(name, user) for name in names]

@@ -402,8 +402,11 @@ def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
     assert served(port) == "two"
     settings.write_text("[]")
     assert run("list", "--prefix", prefix) == 0
+    capfd.readouterr()
     assert run("uninstall", "--prefix", prefix) == 0
-    assert not prefix.exists()
+    told = f"{settings} is damaged; the units of {prefix} are found by their files: edgetune-home"
+    assert capfd.readouterr().err == f"edgetune-board: {told}\n"
+    assert not prefix.exists() and list((systemd / "units/systemd/user").iterdir()) == []
 
 
 def test_a_server_that_others_can_reach_gets_a_key(

@@ -106,6 +106,19 @@ def test_a_timer_whose_install_was_cut_off_is_removed(cut_off: str, systemd: Pat
     assert ("disable --quiet --now edgetune-home-update.timer" in (systemd / "calls").read_text()) == has_timer
 
 
+def test_a_timer_with_damaged_settings_is_removed_with_the_unit(
+    prepare: Callable[[Path], Path], make: KitMaker, systemd: Path, port: int, tmp_path: Path
+) -> None:
+    prefix, units = prepare(tmp_path / "home"), systemd / "units/systemd/user"
+    unit = ("--service", "--port", port, "--updates", "http://x", "--root", Publisher(tmp_path / "host").root)
+    assert run("install", make("one"), "--prefix", prefix, *unit) == 0
+    assert len(list(units.iterdir())) == 3
+    for name in ("service.json", "timer.json"):
+        (prefix / name).write_text("{}")
+    assert run("uninstall", "--prefix", prefix) == 0
+    assert list(units.iterdir()) == [] and not prefix.exists()
+
+
 @pytest.mark.parametrize("prefix", ["/usr/local/$home 1%", "/tmp/home"])
 def test_the_update_of_a_system_may_write_to_its_prefix(prefix: str) -> None:
     text = Timer("edgetune-home-update", user=False).units(Path(prefix), "home")["edgetune-home-update.service"]
