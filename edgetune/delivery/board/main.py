@@ -88,7 +88,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     default = f"~/{versions.USER_FOLDER}/edgetune/NAME; for root {versions.ROOT_FOLDER}/NAME"
     text = f"where versions are installed (default: {default})"
-    command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
+    command.add_argument("--prefix", type=versions.directory, metavar="DIR", help=text)
     command.add_argument("--json", action="store_true", help="write JSON to standard output")
     command.set_defaults(run=run)
     return command

@@ -67,6 +67,13 @@ def default_prefix(name: str) -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / USER_FOLDER, "edgetune", name)
 
 
+def directory(text: str) -> Path:
+    """The value of --prefix; ValueError if it is empty, which Path takes for the current folder."""
+    if not text:
+        raise ValueError("it is empty")
+    return Path(text)
+
+
 def path_of(prefix: Path, version: str) -> Path:
     """The folder of a version."""
     return prefix / FOLDER / version

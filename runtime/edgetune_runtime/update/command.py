@@ -54,7 +54,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--quota-mb", type=float, metavar="MB", help=text)
     default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
     text = f"where versions are installed (default: that of {versions.RUN_SCRIPT}, else {default})"
-    command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
+    command.add_argument("--prefix", type=versions.directory, metavar="DIR", help=text)
 
 
 def run(options: argparse.Namespace) -> None:

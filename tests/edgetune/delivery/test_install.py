@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from damage import flip
+from edgetune_runtime import cli
 from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import INSTALLING_NAME, installing
@@ -418,6 +419,24 @@ def test_the_default_prefix_is_named_after_the_bundle(monkeypatch: pytest.Monkey
     assert versions.default_prefix("home") == tmp_path / "edgetune/home"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert versions.default_prefix("home") == Path("/opt/edgetune/home")
+
+
+@pytest.mark.parametrize("command", ["install", "uninstall", "update"])
+def test_an_empty_prefix_is_not_the_current_folder(
+    command: str,
+    kits: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=str(UsageError.exit_code)):
+        if command == "update":
+            cli.main(["update", "--apply", "--prefix", ""])
+        else:
+            run(command, *kits[: command == "install"], "--prefix", "")
+    assert "argument --prefix: invalid directory value: ''; see " in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_check_reports_facts_and_problems(make: KitMaker, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
