@@ -27,9 +27,8 @@ def install(folder: Path, prefix: Path, *, unit: service.Unit | None, say: Say, 
         unit.require_own(prefix)
         unit.require_port(service.installed(prefix, say))
     with installing(prefix):
-        for link in versions.LINKS:
-            # Those of others are refused before anything is received.
-            versions.linked(prefix, link)
+        # Before anything is received.
+        versions.require_free(prefix)
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))
         if receives:

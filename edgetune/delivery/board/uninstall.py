@@ -36,7 +36,9 @@ def uninstall(prefix: Path, say: Say) -> None:
             _delete_files(prefix, service.KEYS_NAME)
         _delete_files(prefix, service.SETTINGS_NAME, timer.SETTINGS_NAME, acknowledgement.NAME)
         script = prefix / versions.RUN_SCRIPT
-        _delete_files(script.parent, script.name)
+        if versions.is_script_free(prefix):
+            # Also one that is unfinished.
+            _delete_files(script.parent, script.name)
         _delete_files(prefix / INCOMING, KIT_NAME, SUMS_NAME, state.ROOT_NAME)
         _delete_files(prefix / state.FOLDER, state.STATE_NAME, state.ROOT_NAME)
         trusted = prefix / state.FOLDER / state.TRUSTED_FOLDER

@@ -37,10 +37,9 @@ PREFIX_VARIABLE = "EDGETUNE_PREFIX"
 Say = Callable[[str], None]
 """Prints a line for the user."""
 _VENV = "venv"
+_SCRIPT_START = "#!/bin/sh\n# Runs edgetune-run of the current version.\n"
 # The link is resolved once, so that a switch in the middle of a start mixes no versions.
 _SCRIPT = """\
-#!/bin/sh
-# Runs edgetune-run of the current version.
 version=$(readlink -f '{prefix}/current') || exit 3
 export {variable}='{prefix}'
 exec "$version/venv/bin/python" -I -m edgetune_runtime "$@"
@@ -109,6 +108,25 @@ def is_free(link: Path) -> bool:
         return not link.exists()
     folder, name = link.readlink().parent, link.readlink().name
     return folder == Path(FOLDER) and ID.fullmatch(name) is not None
+
+
+def is_script_free(prefix: Path) -> bool:
+    """Whether RUN_SCRIPT can be written or deleted: it is that of an install, or is not there."""
+    path = prefix / RUN_SCRIPT
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_SCRIPT_START)) == _SCRIPT_START.encode()
+
+
+def require_free(prefix: Path) -> None:
+    """UsageError for what others have in the place of the links, and, before the first version, of RUN_SCRIPT."""
+    found = [linked(prefix, link) for link in LINKS]
+    if not any(found) and not is_script_free(prefix):
+        message = f"{prefix / RUN_SCRIPT} is not that of an install"
+        raise UsageError(message, "choose another --prefix, or move it away")
 
 
 def previous(prefix: Path) -> str | None:
@@ -289,4 +307,4 @@ def _folders(prefix: Path) -> list[Path]:
 def _write_script(prefix: Path) -> None:
     quoted = str(prefix.absolute()).replace("'", "'\\''")
     text = _SCRIPT.replace("{prefix}", quoted).replace("{variable}", PREFIX_VARIABLE)
-    write_text(prefix / RUN_SCRIPT, text, mode=0o755)
+    write_text(prefix / RUN_SCRIPT, _SCRIPT_START + text, mode=0o755)

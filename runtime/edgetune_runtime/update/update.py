@@ -123,6 +123,7 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
     release needs a newer runtime, VerificationError if it does not answer as built. The previous version runs on then.
     """
     with installing(prefix), closing(_location_of(prefix, source)) as location:
+        versions.require_free(prefix)
         newest = _find(prefix, source, location)
         if not newest.is_new:
             with changing(prefix):

@@ -395,6 +395,18 @@ def test_the_files_of_others_stay_in_a_folder_that_has_what_an_install_writes(
     assert (prefix / "current").readlink() == Path("versions/old")
 
 
+def test_the_program_of_another_install_is_neither_replaced_nor_deleted(
+    kits: tuple[Path, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "bin/edgetune-run"
+    mine.parent.mkdir()
+    mine.write_text("#!/usr/bin/python3\n")
+    assert run("install", kits[0], "--prefix", tmp_path) == UsageError.exit_code
+    assert f"{mine} is not that of an install; choose another --prefix, or move it away" in capfd.readouterr().err
+    assert run("uninstall", "--prefix", tmp_path) == 0
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {mine: "#!/usr/bin/python3\n"}
+
+
 def test_settings_of_pip_do_not_disturb(make: KitMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip/pip.conf").write_text("[install]\nuser = true\n")

@@ -84,6 +84,16 @@ def test_a_device_that_is_up_to_date_makes_one_small_request(
     assert sum(server.sent) < 4000
 
 
+def test_an_update_does_not_replace_the_program_of_another_install(publisher: Publisher, tmp_path: Path) -> None:
+    publisher("one")
+    mine = tmp_path / "home/bin/edgetune-run"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("")
+    with pytest.raises(UsageError, match="edgetune-run is not that of an install"):
+        apply(tmp_path / "home", source_of(publisher, publisher.repo))
+    assert mine.read_text() == ""
+
+
 def adapter(name: str, data: bytes, answer: str, publisher: Publisher) -> None:
     file = f"adapters/{name}/adapter.gguf"
     path = publisher.bundle / file
