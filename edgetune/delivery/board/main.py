@@ -101,6 +101,8 @@ def _install(options: argparse.Namespace) -> None:
     prefix = (options.prefix or versions.default_prefix(kit.name)).absolute()
     name = options.service or f"{service.NAME_START}{kit.name}"
     unit, updates = _unit(options, kit, name), updates_from_options(options.updates, options.root, name)
+    if unit is not None or updates is not None:
+        service.require_prefix(prefix)
     if updates is not None:
         updates.timer.require_own(prefix)
     changed = install.install(options.kit, prefix, unit=unit, say=_say, receives=options.receive is not None)

@@ -30,6 +30,7 @@ PORT = 8080
 NAME_START = "edgetune-"
 """How the names of units begin unless others are given."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NOT_IN_PROGRAMS = re.compile(r"""['"\\\x00-\x1f\x7f]""")
 _RELOAD_S = 10.0
 """Seconds in which a server takes over adapters; one that has not is restarted."""
 _READY_S, _WARM_S = 180.0, 1800.0
@@ -142,14 +143,14 @@ class Unit:
             sandbox += f"LoadCredential={KEYS_NAME}:{str(keys).replace('%', '%%')}\n"
         more = [*kit.opening.words(), *_STATES]
         if self.needs_key:
-            more += ["--api-key-file", escaped(keys) if self.user else f"%d/{KEYS_NAME}"]
+            more += ["--api-key-file", as_argument(keys) if self.user else f"%d/{KEYS_NAME}"]
         return _UNIT.format(
             bundle=kit.name,
             owner=owner_line(prefix),
             python=escaped(current / "venv/bin/python"),
-            prefix=escaped(prefix.absolute()),
+            prefix=as_argument(prefix.absolute()),
             report=acknowledgement.REPORT_VARIABLE,
-            path=escaped(current / BUNDLE_FOLDER),
+            path=as_argument(current / BUNDLE_FOLDER),
             engine=kit.engines[0],
             host=self.host,
             port=self.port,
@@ -371,7 +372,20 @@ def _protect_home(prefix: Path) -> str:
     return "read-only" if is_at_home else "yes"
 
 
+def require_prefix(prefix: Path) -> None:
+    """UsageError for a prefix with a character that systemd refuses in the path of a program, also if it is escaped."""
+    wrong = _NOT_IN_PROGRAMS.search(str(prefix.absolute()))
+    if wrong is not None:
+        message = f"--prefix {str(prefix)!r} has {wrong.group()!r}, which no program of a systemd unit may have"
+        raise UsageError(message, "choose another --prefix")
+
+
 def escaped(path: Path) -> str:
-    """A path as a word of ExecStart: systemd expands % and $, and splits at spaces."""
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    """A path as the value of a setting or as a program: systemd expands %, and splits at spaces."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text}"'
+
+
+def as_argument(path: Path) -> str:
+    """A path as an argument of a program, where systemd expands $ too."""
+    return escaped(path).replace("$", "$$")

@@ -12,7 +12,7 @@ from edgetune_runtime.type_checks import dataclass_of
 
 from . import versions
 from .durable import write_text
-from .service import NAME, escaped, files_of, is_of, owner_line
+from .service import NAME, as_argument, escaped, files_of, is_of, owner_line
 from .systemd import Manager
 from .versions import Say
 
@@ -80,8 +80,8 @@ class Timer:
         """The texts of the files of units by their names."""
         owner, prefix = owner_line(prefix), prefix.absolute()
         sandbox = "" if self.user else _system_sandbox(prefix)
-        script = escaped(prefix / versions.RUN_SCRIPT)
-        service = _SERVICE.format(owner=owner, bundle=bundle, script=script, prefix=escaped(prefix), sandbox=sandbox)
+        script, folder = escaped(prefix / versions.RUN_SCRIPT), as_argument(prefix)
+        service = _SERVICE.format(owner=owner, bundle=bundle, script=script, prefix=folder, sandbox=sandbox)
         # The timer first: an install that was cut off between them leaves what `remove` can disable.
         return {f"{self.name}.timer": _TIMER.format(owner=owner, bundle=bundle), f"{self.name}.service": service}
 
@@ -118,9 +118,7 @@ class Timer:
 def _system_sandbox(prefix: Path) -> str:
     """What the update of a system may write: the prefix too, wherever it is."""
     is_temporary = any(prefix.resolve().is_relative_to(folder) for folder in _TEMPORARY)
-    # systemd expands only % here.
-    path = escaped(prefix).replace("$$", "$")
-    return _SYSTEM_SANDBOX.format(prefix=path, private_tmp="no" if is_temporary else "yes")
+    return _SYSTEM_SANDBOX.format(prefix=escaped(prefix), private_tmp="no" if is_temporary else "yes")
 
 
 def installed(prefix: Path, say: Say) -> Timer | None:

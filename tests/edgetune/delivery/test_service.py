@@ -444,10 +444,28 @@ def test_a_wrong_unit_is_refused_before_anything_is_installed(
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize("wrong", ["'", '"', "\\", "\n"])
+@pytest.mark.parametrize("option", ["--service", "--updates"])
+def test_a_prefix_whose_programs_systemd_does_not_start_is_refused(
+    option: str,
+    wrong: str,
+    make: KitMaker,
+    systemd: Path,
+    publisher: Publisher,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--service"] if option == "--service" else ["--updates", "http://x", "--root", publisher.root]
+    assert run("install", make("one"), "--prefix", tmp_path / f"home{wrong}1", *words) == 2
+    told = f"has {wrong!r}, which no program of a systemd unit may have; choose another --prefix"
+    assert told in capfd.readouterr().err
+    assert not (tmp_path / f"home{wrong}1").exists()
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("user", [True, False])
 def test_systemd_accepts_the_unit(user: bool, make: KitMaker, prepare: Callable[[Path], Path], tmp_path: Path) -> None:
-    prefix = prepare(tmp_path / "100% of a home")
+    prefix = prepare(tmp_path / "100% of a $home")
     kit = make("one", change=with_fields(opening={"context_length": 512, "kv": "q8_0", "cache_mb": 16.0}))
     assert run("install", kit, "--prefix", prefix) == 0
     unit = tmp_path / "edgetune-home.service"

@@ -122,7 +122,9 @@ def test_a_timer_with_damaged_settings_is_removed_with_the_unit(
 @pytest.mark.parametrize("prefix", ["/usr/local/$home 1%", "/tmp/home"])
 def test_the_update_of_a_system_may_write_to_its_prefix(prefix: str) -> None:
     text = Timer("edgetune-home-update", user=False).units(Path(prefix), "home")["edgetune-home-update.service"]
-    assert f'ReadWritePaths="{prefix.replace("%", "%%")}"' in text
+    path = prefix.replace("%", "%%")
+    assert f'ReadWritePaths="{path}"' in text
+    assert f'ExecStart="{path}/bin/edgetune-run" update --apply --prefix "{path.replace("$", "$$")}"\n' in text
     assert ("PrivateTmp=yes" in text) == prefix.startswith("/usr")
 
 
