@@ -298,6 +298,9 @@ def unit_from_options(name: str, host: str, port: int) -> Unit:
         ipaddress.ip_address(host)
     except ValueError as error:
         raise UsageError(f"--host {host!r} is not an IP address", "use 0.0.0.0 to let others in") from error
+    if "%" in host:
+        # It may be any text, which systemd would expand and split.
+        raise UsageError(f"--host {host!r} has a zone", "use :: to let others in")
     if shutil.which("systemctl") is None:
         raise IncompatibleError("this system has no systemctl", "install without --service")
     return Unit(name, port, os.geteuid() != 0, host)

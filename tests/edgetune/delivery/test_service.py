@@ -434,6 +434,7 @@ def test_a_server_that_others_can_reach_gets_a_key(
         (("--service", "a/b"), "not a name of a unit"),
         (("--service", "--port", 70000), "not a port"),
         (("--service", "--host", "board.local"), "not an IP address"),
+        (("--service", "--host", "fe80::1%eth0"), "--host 'fe80::1%eth0' has a zone; use :: to let others in"),
     ],
 )
 def test_a_wrong_unit_is_refused_before_anything_is_installed(
