@@ -20,6 +20,7 @@ from edgetune_runtime.errors import EdgetuneError, NotFoundError, OutOfSpaceErro
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 from edgetune_runtime.tools.calls import ToolCall, answer_text
 from edgetune_runtime.tools.definitions import Tools, tool_set
+from edgetune_runtime.type_checks import dataclass_of
 
 from .answers import LoggedAnswer, line_of, text_of
 from .redaction import Redaction
@@ -96,7 +97,7 @@ class AnswerLog:
 
         With `tools`, `answer` is `Answer.content`, and `calls` are `Answer.tool_calls`. `shown` is what the user got in
         place of an unsure answer; an empty text, as after a question, is never right. Nor is an answer that is
-        cut off.
+        cut off. UsageError for a value of another type.
         """
         turns = messages_for(prompt, None)
         offered = tool_set(tools)
@@ -114,6 +115,11 @@ class AnswerLog:
             tools=None if offered is None else tuple(offered.definitions),
             is_cut_off=is_cut_off,
         )
+        try:
+            # As a line with another type is refused with the whole log.
+            dataclass_of(LoggedAnswer, vars(entry))
+        except TypeError as error:
+            raise UsageError(f"it cannot be logged: {error}", "give texts, and a number as the confidence") from error
         try:
             self._write(entry, shown)
         except EdgetuneError as error:

@@ -291,6 +291,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         if self._loaded.classifier is not None:
             message = f"bundle {self.manifest.name!r} only classifies text: it has no prompts to warm"
             raise UsageError(message, "use classify")
+        if isinstance(adapters, str):
+            raise UsageError(f"adapters is {adapters!r}", "give a list of them")
         choices = [None, *self.adapters] if adapters is None else adapters
         form = AnswerForm(tools=tool_set(tools))
         tokens = {}

@@ -112,7 +112,9 @@ class Session(AbstractContextManager["Session"]):
         if carry == "reuse" and answering != adapter:
             message = f"a state cannot be carried over to {adapter!r}, which is another adapter for each message"
             raise IncompatibleError(message, 'use carry="recompute"')
-        if carry == "reuse" and pool != self._pool():
+        # What an adapter computed that was removed is not carried over.
+        is_there = self._loaded.manifest.adapters.keys() >= {*names_of(self._answering)}
+        if carry == "reuse" and is_there and pool != self._pool():
             message = "the state of one model cannot be reused by another, and a merged adapter is a full model"
             raise IncompatibleError(message, 'use carry="recompute"')
         carried = self._loaded.still_there(self._last) if carry == "reuse" else None

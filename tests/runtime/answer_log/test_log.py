@@ -337,6 +337,28 @@ def test_a_log_that_was_allowed_more_bytes_loses_its_oldest_answers(manifest: Ma
     assert kept[-1] == names[-1] and 50 < len(kept) < 300
 
 
+@pytest.mark.parametrize(
+    ("answer", "more", "message"),
+    [
+        (None, {}, "answer cannot be 'None'"),
+        ("on", {"answer_id": 5}, "id cannot be '5'"),
+        ("on", {"confidence": "high"}, "confidence cannot be 'high'"),
+    ],
+)
+def test_a_value_of_another_type_is_not_logged(
+    answer: Any,  # noqa: ANN401 - also of a wrong type
+    more: dict[str, Any],
+    message: str,
+    manifest: Manifest,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    log = AnswerLog(path, manifest)
+    with pytest.raises(UsageError, match=f"it cannot be logged: {message}; give texts"):
+        log.answered("turn on", answer, adapter="command", **more)
+    assert path.read_text() == ""
+
+
 def test_a_file_beside_the_log_that_is_not_the_one_before_it_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     path, notes = tmp_path / "notes", tmp_path / "notes.1"
     notes.write_text("my own notes\n" * 8000)

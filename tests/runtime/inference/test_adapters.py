@@ -247,6 +247,16 @@ def test_a_name_that_is_added_again_has_nothing_of_the_adapter_before(
     assert first.text != expected[0]
 
 
+def test_nothing_is_carried_over_of_an_adapter_that_was_removed(open_: Callable[..., Runtime], others: Path) -> None:
+    runtime = open_(exact=False)
+    runtime.add_adapter(others, "new")
+    with runtime.session("new") as session:
+        session.send(PROMPT, max_tokens=4)
+        runtime.remove_adapter("new")
+        session.use("task0", carry="reuse")
+        assert session.send(PROMPT, max_tokens=4).timings.carried_tokens == 0
+
+
 def test_a_removed_merged_adapter_leaves_no_states(merged_bundle: Path, engine: str, tmp_path: Path) -> None:
     copy, states = Path(shutil.copytree(merged_bundle, tmp_path / "copy")), tmp_path / "states"
     change_manifest(copy, lambda raw: raw["adapters"]["whole"].update(system=SYSTEM))

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import Event, Runtime
+from edgetune_runtime import Event, Runtime, UsageError
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.cache import name_of
 
@@ -33,6 +33,8 @@ def test_an_app_gets_events_of_loading_and_of_each_switch(bundle: Path) -> None:
 def test_an_app_gets_events_of_states_that_are_warmed_and_evicted(bundle: Path) -> None:
     events: list[Event] = []
     with Runtime.open(bundle, disk_mb=0, contexts=1, on_event=events.append) as runtime:
+        with pytest.raises(UsageError, match="adapters is 'command'; give a list of them"):
+            runtime.warm("command")
         tokens = runtime.warm()
         warmed = {event.name.partition("=")[0]: event.tokens for event in events if event.kind == "warmed"}
         assert warmed == tokens
