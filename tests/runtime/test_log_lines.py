@@ -35,12 +35,13 @@ def test_a_message_that_repeats_is_written_five_times_and_then_counted(
     assert out.getvalue().splitlines()[6:] == ["a client sent 100 (95 earlier messages were left out)"]
 
 
-def test_control_characters_are_escaped_and_a_traceback_keeps_its_lines(written: Written) -> None:
+def test_control_characters_are_escaped_and_a_traceback_is_indented_and_cut(written: Written) -> None:
     logger, out = written
     try:
-        raise ValueError("wrong")
+        raise ValueError("wrong\nERROR: \x1b[2J" + "x" * 100_000)
     except ValueError:
         logger.exception("sent %s", "\x1b[2J\nERROR: forged é\x00")
     first, *others = out.getvalue().splitlines()
     assert first == "sent \\x1b[2J\\nERROR: forged é\\x00"
-    assert others[-1] == "ValueError: wrong"
+    assert others[-2] == "  ValueError: wrong" and others[-1].startswith("  ERROR: \\x1b[2Jxxx")
+    assert len(out.getvalue()) < 21_000 and all(line.startswith("  ") for line in others)

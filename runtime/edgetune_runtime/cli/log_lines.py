@@ -5,19 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from typing import Any
 
-_LONGEST = 2000
+_LONGEST, _LONGEST_TRACEBACK = 2000, 20_000
+"""Characters."""
 _MAX = 5
 _WINDOW_S = 10.0
 
 
 class LineFormatter(logging.Formatter):
-    """Formats a message as one line; a traceback follows as it is."""
+    """Formats a message as one line, after which the lines of a traceback are indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The line; control characters could write to a terminal, and line breaks could forge other messages."""
-        text = super().formatMessage(record)[:_LONGEST]
-        return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+        return _printable(super().formatMessage(record)[:_LONGEST])
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802, ANN401 - as logging has it
+        """The traceback, whose last lines may be what others sent."""
+        lines = super().formatException(ei)[:_LONGEST_TRACEBACK].split("\n")
+        return "\n".join(f"  {_printable(line)}" for line in lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class RateFilter(logging.Filter):
