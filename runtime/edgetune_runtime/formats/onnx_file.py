@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -34,6 +35,8 @@ _TYPE_BITS = {
 _EXTERNAL = 1
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 _MAX_DIMENSIONS = 64
+_MOST_INPUTS = {"GroupQueryAttention": 9}
+"""Positions of another shape, for instance, end the process in onnxruntime."""
 
 _T = TypeVar("_T")
 
@@ -119,6 +122,8 @@ class _Header:
             op_type, domain = node.get("op_type", ""), _domain(node)
             if not op_type:
                 raise self._damaged(f"has node {node.get('name', '')[:80]!r} without an operator")
+            if any(node.get("input", ())[_MOST_INPUTS.get(op_type, sys.maxsize) :]):
+                raise self._damaged(f"has {op_type} with inputs that no exporter writes")
             self._ops.add(f"{domain}::{op_type}" if domain else op_type)
             for attribute in node.get("attribute", ()):
                 if "t" in attribute:

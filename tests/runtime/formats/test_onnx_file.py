@@ -249,6 +249,20 @@ def of_attribute(part: bytes) -> bytes:
     return model_of(field(1, field(4, b"If") + field(5, part)))
 
 
+@pytest.mark.parametrize(("inputs", "is_fine"), [(9, True), (10, False)])
+def test_attention_has_no_inputs_but_those_that_exporters_write(inputs: int, is_fine: bool, tmp_path: Path) -> None:
+    names = [*map(str, range(inputs)), "", ""]
+    node = onnx.helper.make_node("GroupQueryAttention", names, ["y"], domain="com.microsoft")
+    value = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [value])), tmp_path / "model.onnx")
+    with (
+        contextlib.nullcontext()
+        if is_fine
+        else pytest.raises(VerificationError, match="inputs that no exporter writes")
+    ):
+        read_onnx(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(
     ("message", "model_with", "names"),
     [
