@@ -36,10 +36,12 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
     rows, left_out, problems = list[TaskRow](), list[str](), list[str]()
     spacing = spacing_of([row.completion or "" for row in task.train])
     output = None if task.spec.output is None else task.spec.output.spec
+    answers = [row.completion or "" for row in task.train if row.tools is None]
+    are_objects = bool(answers) and all(isinstance(json_or_none(answer), dict | list) for answer in answers)
     for entry in entries:
         try:
             row = row_of(entry, _turn(task, entry, spacing), task.spec.system)
-            problem = problem_with(row, task.metric, task.labels, output)
+            problem = problem_with(row, task.metric, task.labels, output, are_objects=are_objects)
         except UsageError as error:
             if (reason := unfit(entry)) is not None:
                 left_out.append(reason)
@@ -104,8 +106,13 @@ def _turn(task: Task, entry: LoggedAnswer, spacing: str) -> Message:
     return {**turn, "content": json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])}
 
 
-def problem_with(row: TaskRow, metric: Metric, labels: Sequence[str], output: OutputSpec | None) -> str | None:
-    """Why the row's answer cannot be one with this metric, these labels and this constraint of the recipe."""
+def problem_with(
+    row: TaskRow, metric: Metric, labels: Sequence[str], output: OutputSpec | None, *, are_objects: bool
+) -> str | None:
+    """Why the row's answer cannot be one with this metric, these labels and this constraint of the recipe.
+
+    If all others `are_objects` or lists, another value would make all answers free text.
+    """
     answer = row.completion or ""
     try:
         metrics.score(metric, [answer], [answer], offers_tools=[row.tools is not None])
@@ -114,6 +121,8 @@ def problem_with(row: TaskRow, metric: Metric, labels: Sequence[str], output: Ou
     if row.turn is not None:
         broken = bad_call(row)
         return None if broken is None else f"cannot be an answer: {broken}"
+    if are_objects and row.tools is None and not isinstance(json_or_none(answer), dict | list):
+        return "is no JSON object or list, as all other answers are"
     if metric == "label" and answer.strip() not in labels:
         return f"is not one of the labels; {suggestion(answer, labels)}"
     return None if output is None else problem_of(output, row)

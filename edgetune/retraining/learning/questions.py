@@ -120,7 +120,9 @@ def _problem(manifest: Manifest, entry: LoggedAnswer, text: str) -> str | None:
         return f"cannot be an answer: {error}"
     with suppress(UsageError):  # a conversation that cannot be a row is never learned
         row = row_of(entry, turn, about.system)
-        return problem_with(row, cast("Metric", about.metric), about.labels, _given_output(manifest, about))
+        metric, output = cast("Metric", about.metric), _given_output(manifest, about)
+        are_objects = metric == "json" and about.output is not None and "schema" in about.output
+        return problem_with(row, metric, about.labels, output, are_objects=are_objects)
     return None
 
 

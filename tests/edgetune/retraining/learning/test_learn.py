@@ -418,6 +418,9 @@ def test_an_answer_that_breaks_the_recipes_output_or_is_empty_is_asked_again(hom
     for text, is_asked in (('{"on": true}', False), ('{"on": 1}', True)):
         spaced = [replace(entry, correction=text) for entry in entries]
         assert most_informative(spaced, 1, compact) == (spaced if is_asked else [])
+    objects = replace(light, output={"schema": {"type": "object"}}, metric="json")
+    number = [replace(entry, correction="5") for entry in entries]
+    assert most_informative(number, 1, replace(inferred, adapters={"light": objects})) == number
 
 
 def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,12 @@ def test_corrections_that_were_learned_before_are_learned_no_second_time(tmp_pat
     assert other not in settled.train
 
 
+@pytest.mark.parametrize("text", ["5", "null", '"hall"'])
+def test_other_json_than_all_answers_have_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"the correction .* is no JSON object or list, as all other answers are"):
+        learned_rows(task_of(tmp_path), corrected(*FINE, ("brighten the den", text)))
+
+
 def test_the_users_own_rows_out_of_scope_stay(tmp_path: Path) -> None:
     rows = [{"text": f"make it {color} {n}", "label": color} for n in range(8) for color in ("red", "warm")]
     rows += [{"text": f"sing a song {n}", "label": "out_of_scope"} for n in range(6)]
