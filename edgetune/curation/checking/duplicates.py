@@ -87,12 +87,17 @@ def prompt_key(item: SplitRow) -> str:
 
 
 def answer_key(answer: str | None) -> str:
-    """An answer, for comparison with others: of JSON, the values."""
+    """An answer, for comparison with others: of JSON, the values, where 25.0 is 25."""
     text = (answer or "").strip()
     try:
-        return json.dumps(json.loads(text), sort_keys=True)
+        return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
     except (ValueError, RecursionError):
         return text
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _answer_of(item: SplitRow) -> str:

@@ -231,6 +231,11 @@ def test_a_function_counts_in_each_answer_that_calls_it(tmp_path: Path) -> None:
 
     rows = [row(f"light the {room}", "light") for room in ROOMS] + [row(f"lock {n}", "lock") for n in range(3)]
     rows += [row(f"both {n}", "light", "light", "heat") for n in range(6)]
+    written = {"role": "assistant", "content": '<tool_call>\n{"name": "light"}\n</tool_call>'}
+    text = {"messages": [{"role": "user", "content": "light up"}, written], "tools": tools}
+    assert (
+        checked(tmp_path, [*rows, text]).of_kind("misfit")[0].note == "is the text of a call: give it as `tool_calls`"
+    )
     found = checked(tmp_path, rows, validation=[row("light it", "light"), row("lock it", "lock")])
     assert found.balance == {
         "light": {"train": len(ROOMS) + 6, "validation": 1},

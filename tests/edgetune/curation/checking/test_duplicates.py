@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.curation.checking.duplicates import NEAR, duplicates, near
+from edgetune.curation.checking.duplicates import NEAR, answer_key, duplicates, near
 from edgetune.curation.checking.findings import TEST, TRAIN, VALIDATION, SplitRow
 from edgetune.tasks.data import rows_of
 
@@ -95,3 +95,7 @@ def test_few_prompts_that_other_splits_have_under_another_system_prompt_are_foun
     # Where more rows ask the same than are held out, the system prompt is what they ask about.
     states = [asked("good night", f"The room is {word}.") for word in WORDS]
     assert not found(*rows(TRAIN, *states), *rows(VALIDATION, *held_out))
+
+
+def test_numbers_of_answers_are_compared_by_their_values() -> None:
+    assert answer_key('{"a": 25.0, "b": 1}') == answer_key('{"b": 1.0, "a": 25}') != answer_key('{"a": 25.5, "b": 1}')
