@@ -128,6 +128,9 @@ class _Header:
             for attribute in node.get("attribute", ()):
                 if "t" in attribute:
                     self._check_tensor(attribute["t"])
+                if attribute.get("name") == "num_outputs" and attribute.get("i") != len(node.get("output", ())):
+                    # onnxruntime ends the process.
+                    raise self._damaged(f"has {op_type[:80]} with another number of outputs than its num_outputs")
 
     def _check_tensor(self, tensor: Message) -> None:
         shape, bits = tensor.get("dims", ()), _TYPE_BITS.get(tensor.get("data_type", 0))

@@ -46,6 +46,7 @@ _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
     },
     "Attribute": {
         1: ("name", "text"),
+        3: ("i", "int64"),
         5: ("t", "Tensor"),
         6: ("g", "refused"),
         10: ("tensors", "refused"),

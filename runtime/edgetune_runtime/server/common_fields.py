@@ -29,7 +29,7 @@ def message_of(fields: Fields) -> dict[str, Any]:
     role = fields.choice("role", _ROLES)
     if role is None:
         fields.refuse("role", f"one of {', '.join(_ROLES)}")
-    fields.forbid({"images": [], "audio": None})
+    fields.forbid({"images": [], "audio": None, "function_call": None})
     # `developer` is what newer models of OpenAI call the system prompt.
     message: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content_of(fields)}
     if calls := fields.values.get("tool_calls"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgetune_runtime.bundle import CLASSIFY
+from edgetune_runtime.tools.definitions import MODES
 
 from .answer_request import AnswerRequest, ClassifyRequest
 from .common_fields import (
@@ -119,11 +120,13 @@ def _tools(fields: Fields) -> dict[str, Any]:
     if isinstance(choice, dict):
         function = Fields(choice, "tool_choice").mapping("function")
         # Only tools that are functions can be named.
-        options["tool_choice"] = (
-            fields.refuse("tool_choice", _CHOICES) if function is None else function.needed_text("name")
-        )
+        name = fields.refuse("tool_choice", _CHOICES) if function is None else function.needed_text("name")
+        if name in MODES:
+            message = f"tool_choice names the function {name!r}, which would be taken for a mode"
+            raise RequestError(message, "rename it", param="tool_choice")
+        options["tool_choice"] = name
     elif choice is not None:
-        options["tool_choice"] = fields.choice("tool_choice", ("auto", "none", "required"))
+        options["tool_choice"] = fields.choice("tool_choice", MODES)
     return options
 
 

@@ -91,9 +91,10 @@ class Rewriter:
             sys.path.insert(0, str(folder))
         try:
             rewrite = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, SyntaxError) as error:
+        except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
             remedy = f"check the name, and that --app-dir (now {folder}) is the folder that has {module}"
-            raise UsageError(f"--rewrite {spec!r} cannot be loaded: {error}", remedy) from error
+            message = f"--rewrite {spec!r} cannot be loaded: {type(error).__name__}: {error}"
+            raise UsageError(message, remedy) from error
         if not callable(rewrite):
             raise UsageError(f"--rewrite {spec!r} is not a function", "name a function of messages and tools")
         return cls(name, rewrite)

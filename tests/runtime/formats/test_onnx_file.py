@@ -249,18 +249,28 @@ def of_attribute(part: bytes) -> bytes:
     return model_of(field(1, field(4, b"If") + field(5, part)))
 
 
+def model_of_node(path: Path, node: onnx.NodeProto) -> Path:
+    """A model of one node at `path`."""
+    value = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [value])), path)
+    return path
+
+
 @pytest.mark.parametrize(("inputs", "is_fine"), [(9, True), (10, False)])
 def test_attention_has_no_inputs_but_those_that_exporters_write(inputs: int, is_fine: bool, tmp_path: Path) -> None:
     names = [*map(str, range(inputs)), "", ""]
     node = onnx.helper.make_node("GroupQueryAttention", names, ["y"], domain="com.microsoft")
-    value = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [value])), tmp_path / "model.onnx")
-    with (
-        contextlib.nullcontext()
-        if is_fine
-        else pytest.raises(VerificationError, match="inputs that no exporter writes")
-    ):
-        read_onnx(tmp_path / "model.onnx")
+    path = model_of_node(tmp_path / "model.onnx", node)
+    with contextlib.nullcontext() if is_fine else pytest.raises(VerificationError, match="inputs that no exporter"):
+        read_onnx(path)
+
+
+@pytest.mark.parametrize(("outputs", "is_fine"), [(2, True), (1, False)])
+def test_a_split_has_as_many_outputs_as_it_says(outputs: int, is_fine: bool, tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Split", ["x"], ["y", "z"], num_outputs=outputs)
+    path = model_of_node(tmp_path / "model.onnx", node)
+    with contextlib.nullcontext() if is_fine else pytest.raises(VerificationError, match="than its num_outputs"):
+        read_onnx(path)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,17 @@ def test_several_adapters_answer_with_their_scales_by_name_or_by_an_extra_member
         ({"messages": []}, "messages is"),
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role is \"robot\""),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"messages\[0\].content\[0\].type"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}, *MESSAGES]},
+            r"messages\[0\].function_call is not supported",
+        ),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": {"type": "function", "function": {"name": "none"}},
+            },
+            "tool_choice names the function 'none', which would be taken for a mode; rename it",
+        ),
         ({"frequency_penalty": 1.0}, "frequency_penalty is not supported"),
         ({"top_logprobs": 3}, "top_logprobs is 3; give logprobs: true beside it"),
         ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),

@@ -255,9 +255,11 @@ def test_calls_that_never_end_do_not_keep_the_command_from_stopping(
         ("home=absent:rewrite", "No module named 'absent'"),
         ("home=shortened:other", "has no attribute 'other'"),
         ("home=shortened:dataclass.x", "cannot be loaded"),
+        ("home=failing:rewrite", "'home=failing:rewrite' cannot be loaded: SystemExit: 3; check the name"),
     ],
 )
 def test_a_function_that_cannot_be_loaded_is_refused(given: str, text: str, folder: Path) -> None:
+    (folder / "failing.py").write_text("raise SystemExit(3)")
     with pytest.raises(UsageError, match=text):
         Rewriter.load(given, folder)
 
