@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from edgetune_runtime.answer_log.answers import LoggedAnswer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of, shortened
 
+from edgetune.common.choices import is_complete
 from edgetune.curation.checking.answers import misfits
 from edgetune.curation.checking.duplicates import same_prompts
 from edgetune.curation.checking.findings import CONFLICT, TRAIN, VALIDATION, SplitRow
@@ -130,6 +132,7 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     yield from (f"corrected in several ways, of which the last counts: {text!r}" for text in rows.contradicted)
     old = [row for row in rows.train if not row.where.startswith(LOG)]
     new = [row for row in (*rows.train, *rows.held_out) if row.where.startswith(LOG)]
+    yield from _lone_choices(task, old, new)
     # As training rows, corrections would loosen the form that they are compared with.
     known = [SplitRow(TRAIN, row) for row in old] + [SplitRow(VALIDATION, row) for row in (*rows.validation, *new)]
     prompt_of = shared_prompt(rows.validation, rows.train)
@@ -138,6 +141,16 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
         if any(where.startswith(LOG) for where in finding.where):
             answers = " | ".join(dict.fromkeys(finding.answers))
             yield shortened(f"{', '.join(finding.where)}: {finding.note}: {finding.prompts[0]!r} → {answers}", 300)
+
+
+def _lone_choices(task: Task, old: Sequence[TaskRow], new: Sequence[TaskRow]) -> Iterator[str]:
+    """The corrections that are none of the choices of the old answers, where these are no choices with them."""
+    choices, output = Counter(row.completion or "" for row in old), task.spec.output
+    together = choices + Counter(row.completion or "" for row in new)
+    if output is not None and output.is_auto and is_complete(choices) and not is_complete(together):
+        for row in new:
+            if row.completion not in choices:
+                yield f"{row.where}: {row.completion!r} is no answer of another row, so all answers become free text"
 
 
 def source_of(name: str, rows: Sequence[TaskRow]) -> Rows:

@@ -156,6 +156,18 @@ def test_other_json_than_all_answers_have_is_refused(text: str, tmp_path: Path) 
         learned_rows(task_of(tmp_path), corrected(*FINE, ("brighten the den", text)))
 
 
+def test_a_correction_that_would_end_the_choices_of_all_answers_is_doubtful(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{number} lamps {state}", "completion": state} for number in range(12) for state in ("on", "off")
+    ]
+    adapter = {"data": {"train": "rows.jsonl", "held_out": 0.1}, "output": "auto", "metric": "exact"}
+    task = read_task("home", make_recipe(tmp_path, "missing.gguf", {"home": adapter}, data={"rows.jsonl": rows}))
+    right = [(f"lamp {number} please", "on") for number in range(4)]
+    assert list(doubts(task, learned_rows(task, corrected(*right)))) == []
+    (doubt,) = doubts(task, learned_rows(task, corrected(*right, ("no lamp", "Off."))))
+    assert doubt == "log:a4: 'Off.' is no answer of another row, so all answers become free text"
+
+
 def test_the_users_own_rows_out_of_scope_stay(tmp_path: Path) -> None:
     rows = [{"text": f"make it {color} {n}", "label": color} for n in range(8) for color in ("red", "warm")]
     rows += [{"text": f"sing a song {n}", "label": "out_of_scope"} for n in range(6)]
