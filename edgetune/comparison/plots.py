@@ -22,6 +22,7 @@ DPI = 120
 # Markers of the formats, sorted by name, and of any other.
 MARKERS = "os^v"
 OTHER_MARKER = "D"
+_ROWS = "rows.png"
 LEGEND_ROWS = 20
 """Entries of a legend in one column, as many as fit the height."""
 
@@ -46,7 +47,11 @@ class _Point:
 
 
 def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
-    """Write all plots of the finished trials to the folder `out`; none if no trial is finished."""
+    """Write all plots of the finished trials to the folder `out`; none if no trial is finished.
+
+    A learning curve of an earlier comparison there is deleted.
+    """
+    (out / _ROWS).unlink(missing_ok=True)
     finished = [outcome for outcome in outcomes if outcome.status == "done"]
     if not finished:
         return []
@@ -58,7 +63,7 @@ def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
         ("loss.png", _losses, "Validation loss during training; a ring marks the checkpoint that ships"),
     )
     if curves_of(finished):
-        drawn = (("rows.png", _rows, "Score on the device against the number of training rows"), *drawn)
+        drawn = ((_ROWS, _rows, "Score on the device against the number of training rows"), *drawn)
     pictures = []
     for name, draw, caption in drawn:
         draw(finished).savefig(out / name)
@@ -118,7 +123,9 @@ def _rows(finished: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure(finished[0].metric)
     for curve, color in zip(curves, _colors(len(curves)), strict=True):
         scores, errors = zip(*((point.score, point.standard_error) for point in curve.figures), strict=True)
-        low, high = ([score + sign * error for score, error in zip(scores, errors, strict=True)] for sign in (-1, 1))
+        low, high = (
+            [max(0.0, score + sign * error) for score, error in zip(scores, errors, strict=True)] for sign in (-1, 1)
+        )
         axes.plot(curve.rows, scores, "o-", color=color)
         axes.fill_between(curve.rows, low, high, color=color, alpha=0.15)
     counts = sorted({count for curve in curves for count in curve.rows})

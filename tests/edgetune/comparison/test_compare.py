@@ -27,6 +27,7 @@ from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, traini
 from edgetune.comparison.engines import outcome_of, run_here, run_on_ray
 from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
+from edgetune.comparison.plots import plots
 from edgetune.comparison.sweep import Comparison, compare
 from edgetune.comparison.trial import run as run_trial
 from edgetune.recipe.model import Recipe
@@ -183,6 +184,9 @@ def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert sentence in page and page.count('src="data:image/png;base64,') == 4
     assert json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))["more_rows"] == [sentence]
+    plots(compared.result.outcomes, tmp_path / "out")
+    assert not (tmp_path / "out" / "rows.png").exists(), "that of an earlier comparison is gone"
+    plots(result.outcomes, tmp_path / "out")
     bundle, report = compared.request.out / "trials" / "lora-r2" / "bundle", tmp_path / "report.html"
     command = ["report", str(bundle), "--out", str(report), "--compare"]
     assert main([*command, str(tmp_path / "out")]) == 0
