@@ -458,7 +458,7 @@ def test_rows_that_are_too_long_are_left_out_and_told(tmp_path: Path, tiny_gguf:
         build(recipe, tmp_path / "home", progress=listening)
     needs, warning, device, first = listening.lines[:4]
     assert needs.startswith("needs memory about ")
-    assert warning.startswith("warning: scaled: rows have up to about ")
+    assert warning.startswith("warning: scaled: rows have up to ")
     assert device.startswith("trains on ")
     assert first.startswith("scaled: 1 rows are longer than 96 tokens: ")
     assert "scaled.jsonl:11" in first
