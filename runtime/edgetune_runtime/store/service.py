@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.type_checks import dataclass_of
@@ -324,13 +325,8 @@ def of_prefix(prefix: Path, say: Say) -> list[Unit]:
     unit = installed(prefix, damage.append)
     if not damage:
         return [] if unit is None else [unit]
-    user = os.geteuid() != 0
-    files = files_of(prefix, user, ".service")
-    # Others are started by a timer.
-    names = [path.stem for path in files if not path.with_suffix(".timer").exists()]
-    found = f"the units of {prefix} are found by their files: {', '.join(names) or 'none'}"
-    say(f"{prefix / SETTINGS_NAME} is damaged; {found}")
-    return [Unit(name, PORT, user) for name in names]
+    found = names_by_files(prefix, prefix / SETTINGS_NAME, "service", say)
+    return [Unit(name, PORT, os.geteuid() != 0) for name in found]
 
 
 def remember(prefix: Path, unit: Unit | None) -> None:
@@ -365,9 +361,14 @@ def is_of(path: Path, prefix: Path) -> bool:
     return first.startswith(start) and Path(first.removeprefix(start)).resolve() == prefix.resolve()
 
 
-def files_of(prefix: Path, user: bool, suffix: str) -> list[Path]:
-    """The files of units, whose names end in `suffix`, that an install into `prefix` by this account wrote."""
-    return [path for path in sorted(Manager(user).folder.glob(f"*{suffix}")) if is_of(path, prefix)]
+def names_by_files(prefix: Path, damaged: Path, kind: Literal["service", "timer"], say: Say) -> list[str]:
+    """The names of the units that an install into `prefix` by this account wrote, for which settings are `damaged`."""
+    files = [path for path in sorted(Manager(os.geteuid() != 0).folder.glob(f"*.{kind}")) if is_of(path, prefix)]
+    # The service that a timer starts is removed with it.
+    names = [path.stem for path in files if kind == "timer" or not path.with_suffix(".timer").exists()]
+    what = "timers" if kind == "timer" else "units"
+    say(f"{damaged} is damaged; the {what} of {prefix} are found by their files: {', '.join(names) or 'none'}")
+    return names
 
 
 def _protect_home(prefix: Path) -> str:

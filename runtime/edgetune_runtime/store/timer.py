@@ -12,7 +12,7 @@ from edgetune_runtime.type_checks import dataclass_of
 
 from . import versions
 from .durable import write_text
-from .service import NAME, as_argument, escaped, files_of, is_of, owner_line
+from .service import NAME, as_argument, escaped, is_of, names_by_files, owner_line
 from .systemd import Manager
 from .versions import Say
 
@@ -142,8 +142,5 @@ def of_prefix(prefix: Path, say: Say) -> list[Timer]:
     timer = installed(prefix, damage.append)
     if not damage:
         return [] if timer is None else [timer]
-    user = os.geteuid() != 0
-    names = [path.stem for path in files_of(prefix, user, ".timer")]
-    found = f"the timers of {prefix} are found by their files: {', '.join(names) or 'none'}"
-    say(f"{prefix / SETTINGS_NAME} is damaged; {found}")
-    return [Timer(name, user) for name in names]
+    found = names_by_files(prefix, prefix / SETTINGS_NAME, "timer", say)
+    return [Timer(name, os.geteuid() != 0) for name in found]
