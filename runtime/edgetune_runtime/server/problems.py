@@ -66,8 +66,10 @@ class StoppingError(BusyError):
 
 
 def failure(error: Exception) -> EdgetuneError:
-    """The error to report for `error`; one that is not expected is logged."""
+    """The error to report for `error`; one that the client is not to blame for is logged."""
     if isinstance(error, EdgetuneError):
+        if status_of(error) == 500:
+            _LOG.error("%s", error)
         return error
     _LOG.error("unexpected %s: %s", type(error).__name__, error, exc_info=_LOG.isEnabledFor(logging.DEBUG))
     return EdgetuneError(f"unexpected {type(error).__name__}", "see the server's log")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import UsageError, VerificationError
 
 REPEAT_WINDOW = 64
 """Number of last tokens that `repeat_penalty` applies to."""
@@ -118,12 +118,12 @@ class Sampler:
 
 
 def likeliest(logits: NDArray[np.float32]) -> int:
-    """The token with the highest of the logits [vocab]; IncompatibleError if one is not a number, or it is infinite."""
+    """The token with the highest of the logits [vocab]; VerificationError if one is not a number, or it is infinite."""
     # NumPy takes a NaN for the highest.
     token = int(logits.argmax())
     if not np.isfinite(logits[token]):
         message = f"the model computed {logits[token]} in place of a number"
-        raise IncompatibleError(message, "use smaller scales, or check the bundle: edgetune-run check BUNDLE")
+        raise VerificationError(message, "use smaller scales, or check the bundle: edgetune-run check BUNDLE")
     return token
 
 

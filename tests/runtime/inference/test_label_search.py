@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_export.backends.base import Source
-from edgetune_runtime import Classification, IncompatibleError, PromptTooLongError, Runtime
+from edgetune_runtime import Classification, PromptTooLongError, Runtime, VerificationError
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.adapter_choice import Adapters
@@ -104,7 +104,7 @@ def test_a_base_that_computes_no_numbers_is_one_clear_error(
         lambda: runtime.perplexity(PROMPT),
     )
     for call in calls:
-        with pytest.raises(IncompatibleError, match="the model computed nan in place of a number; use smaller scales"):
+        with pytest.raises(VerificationError, match="the model computed nan in place of a number; use smaller scales"):
             call()
 
 

@@ -185,7 +185,7 @@ def test_json_object_with_a_schema_fits_it(path: str, server: Running) -> None:
 
 
 def test_a_library_that_the_server_lacks_is_no_fault_of_the_client(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start()
     library.cache_clear()
@@ -193,6 +193,7 @@ def test_a_library_that_the_server_lacks_is_no_fault_of_the_client(
     body = {"model": "command", "messages": MESSAGES, "response_format": {"type": "json_object"}}
     response = server.client.post("/v1/chat/completions", json=body)
     assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+    assert "llguidance, which is not installed" in caplog.text
 
 
 def test_stop_texts_end_an_answer(server: Running, client: OpenAI) -> None:

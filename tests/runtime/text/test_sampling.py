@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from edgetune_runtime import IncompatibleError, Sampling, UsageError
+from edgetune_runtime import Sampling, UsageError, VerificationError
 from edgetune_runtime.text.sampling import Sampler
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], np.float32))
@@ -131,7 +131,7 @@ def test_values_that_floats_or_time_do_not_allow_are_refused_in_a_short_line(wro
 def test_logits_that_are_no_numbers_are_one_clear_error(value: float, temperature: float) -> None:
     logits = LOGITS.copy()
     logits[2] = value
-    with pytest.raises(IncompatibleError, match="in place of a number"):
+    with pytest.raises(VerificationError, match="in place of a number"):
         drawn(logits, temperature=temperature)
 
 
