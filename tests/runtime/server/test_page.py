@@ -161,6 +161,9 @@ def test_a_correction_that_is_not_saved_is_said_and_stays(start: Start, visit: V
     expect(page.get_by_text("Noted as wrong.").first).to_be_visible()
     save.click()
     expect(page.get_by_text("the answer that was wrong: change it").first).to_be_visible()
+    box.fill(" ")
+    save.click()
+    expect(page.get_by_text("Give the right answer.").first).to_be_visible()
     box.fill(" blind.close\n")
     wrong.click()
     expect(box).to_have_value(" blind.close\n")
@@ -202,6 +205,34 @@ def test_the_page_says_how_sure_an_answer_is_and_what_stands_in_its_place(
 
 
 @needs_browser
+@pytest.mark.parametrize(
+    ("end", "problem"),
+    [
+        ('data: {"error": {"message": "the server is stopping"}}\n\n', "the server is stopping"),
+        ("", "The connection ended before the answer did."),
+    ],
+)
+def test_what_an_answer_has_before_it_fails_stays(server: Running, visit: Visit, end: str, problem: str) -> None:
+    page = visit(server)
+    piece = 'data: {"choices": [{"delta": {"content": "turn on"}}]}\n\n'
+    page.route("**/completions", lambda route: route.fulfill(content_type="text/event-stream", body=piece + end))
+    page.get_by_role("textbox", name="Prompt").fill("stop")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("status", name="Answer").first).to_have_text(f"turn on{problem}")
+
+
+@needs_browser
+def test_two_panes_are_there_again_when_the_user_comes_back(server: Running, visit: Visit) -> None:
+    page = visit(server)
+    page.get_by_label("side by side").check()
+    page.goto(f"{server.url}/health")
+    page.go_back()
+    expect(page.get_by_label("side by side")).to_be_checked()
+    expect(page.get_by_label("Adapter", exact=True)).to_have_count(2)
+    expect(page.get_by_label("Adapter", exact=True).last).to_be_visible()
+
+
+@needs_browser
 def test_a_late_reply_says_nothing_about_the_next_answer(start: Start, visit: Visit, tmp_path: Path) -> None:
     page = visit(start(log=tmp_path / "answers.jsonl"))
     page.get_by_label("Adapter", exact=True).first.select_option("command")
@@ -221,10 +252,13 @@ def test_a_late_reply_says_nothing_about_the_next_answer(start: Start, visit: Vi
 
 
 @needs_browser
+@pytest.mark.parametrize("name", ["home", "command"])
 def test_what_the_router_chose_is_judged_if_it_is_an_adapter(
-    bundle: Path, start: Start, visit: Visit, tmp_path: Path
+    name: str, bundle: Path, start: Start, visit: Visit, tmp_path: Path
 ) -> None:
-    page = visit(start(with_router(bundle, tmp_path / "home"), log=tmp_path / "answers.jsonl"))
+    home = with_router(bundle, tmp_path / "home")
+    change_manifest(home, lambda raw: raw.update(name=name))
+    page = visit(start(home, log=tmp_path / "answers.jsonl"))
     page.get_by_label("Adapter", exact=True).first.select_option("auto")
     page.get_by_label("most tokens").fill("4")
     for text, is_judged in (("the lamp", True), ("who is there", False)):
@@ -333,6 +367,11 @@ def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(start: Start, visit
     key.press("Enter")
     expect(page.get_by_role("textbox", name="Prompt")).to_be_visible()
     expect(key).to_be_hidden()
+    # As if the server had got another key since.
+    page.evaluate("sessionStorage.setItem('key', 'another')")
+    page.get_by_role("textbox", name="Prompt").fill("stop")
+    page.get_by_role("button", name="Send").click()
+    expect(key).to_be_visible()
 
 
 @needs_browser
