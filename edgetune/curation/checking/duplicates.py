@@ -195,7 +195,8 @@ def _of_one_prompt(
     for rows in by_answer.values():
         for repeated in _grouped(rows, lambda item: item.split).values():
             if len(repeated) > 1:
-                yield Finding.of(REPEAT, repeated)
+                # Clean rows have the first alone, which is the one that is learned most.
+                yield Finding.of(REPEAT, sorted(repeated, key=lambda item: -item.row.weight))
 
 
 def _clusters(rows: Sequence[SplitRow]) -> list[list[SplitRow]]:

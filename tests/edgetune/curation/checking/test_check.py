@@ -453,6 +453,12 @@ def test_rows_longer_than_the_context_are_one_bar_and_squeeze_no_others() -> Non
     assert [bar.label for bar in length_bars([300], 256)] == [long]
 
 
+def test_of_rows_that_repeat_the_one_that_is_learned_most_is_written(tmp_path: Path) -> None:
+    found, clean = checked(tmp_path, [{**ORDERS[0], "weight": 0.1}, *ORDERS]), tmp_path / "clean.jsonl"
+    write_clean(found, Recipe.from_file(tmp_path / "recipe.yaml").adapters["home"].data, clean)
+    assert [row.weight for row in read_rows(str(clean))] == [1] * len(ORDERS)
+
+
 def test_rows_that_repeat_are_in_one_part_of_a_file_and_the_first_is_written(tmp_path: Path) -> None:
     loud = [{**row, "prompt": f"{row['prompt'].upper()}!"} for row in ORDERS]
     found = checked(tmp_path, [*ORDERS, *loud, {**ORDERS[0], "completion": {"do": "off", "area": "den"}}])
