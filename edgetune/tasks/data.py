@@ -130,6 +130,11 @@ class TaskRow:
         return replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}{EARLIER_ANSWER}{place + 1}")
 
 
+def row_of(where: str) -> str:
+    """Where the row is of which an answer is at `where`."""
+    return where.partition(EARLIER_ANSWER)[0]
+
+
 def read_rows(
     source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
 ) -> list[TaskRow]:

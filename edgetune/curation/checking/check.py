@@ -132,7 +132,8 @@ def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float,
     from .folds import estimate  # noqa: PLC0415 - torch
 
     judged = estimate(task, recipe, minutes, progress)
-    rows = {row.where: SplitRow(split, row) for split in (TRAIN, VALIDATION) for row in getattr(task, split)}
+    split_rows = [(split, row) for split in (TRAIN, VALIDATION) for row in getattr(task, split)]
+    rows = {answer.where: SplitRow(split, answer) for split, row in split_rows for answer in row.answers}
     wrong = [
         Finding.of(WRONG, [rows[row.where]], f"another answer is {row.times:,.0f} times as likely", row.own)
         for row in judged.rows

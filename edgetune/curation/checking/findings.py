@@ -81,7 +81,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class JudgedRow:
-    """How likely the answer of a row is to adapters that were not trained on it.
+    """How likely an answer of a row is to adapters that were not trained on it.
 
     `likelihood` is the probability of its least likely token; `relative` is the lowest probability of a token relative
     to that of the likeliest one in its place, 1 if it is the answer that the model would give. It is lowered if the
@@ -100,7 +100,7 @@ class JudgedRow:
 
 @dataclass(frozen=True)
 class LabelEstimate:
-    """The judged rows, the most doubtful answer first; for `unjudged` rows the time was too short.
+    """The judged answers, the most doubtful one first; for `unjudged` ones the time was too short.
 
     `epochs` are those of each training, and `seconds` is the whole time. `needed_minutes` is the time limit with which
     each training reads its rows once; None if it did.
@@ -114,7 +114,7 @@ class LabelEstimate:
 
     @property
     def share(self) -> float:
-        """The share of the rows that was judged."""
+        """The share of the answers that was judged."""
         return len(self.rows) / (len(self.rows) + self.unjudged)
 
     @property
@@ -129,7 +129,7 @@ class LabelEstimate:
         elif known < _LEAST_KNOWN * count:
             parts.append("they hardly know the task, so some may be missed: give more rows, epochs or --minutes")
         if self.unjudged:
-            parts.append(f"judged {self.share:.0%} of the rows, the shortest: more need a larger --minutes")
+            parts.append(f"judged {self.share:.0%} of the answers, the shortest: more need a larger --minutes")
         return "; ".join(parts)
 
 

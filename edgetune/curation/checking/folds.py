@@ -8,6 +8,7 @@ is in its place.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -35,8 +36,10 @@ from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.data import TaskRow
+from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.splitting import folds_of
 from edgetune.tasks.task import Task
+from edgetune.tasks.tokenization import tokenize_rows
 from edgetune.training.duration import validation_tokens
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
@@ -100,9 +103,12 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         train(jobs, progress=progress)
         # Where the trainings took longer than planned, the rows are judged all the same.
         deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
-        judged = list(_judged(folds, jobs, base, folder, deadline=deadline, progress=progress))
+        # Calls are judged also where the texts after their results are scored.
+        metric = "json" if any(row.tools for row in rows) else task.metric
+        asked = [answers_to_score(fold, metric) for fold in folds]
+        judged = list(_judged(asked, task.spec.system, jobs, base, folder, deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
-    unjudged = sum(map(len, folds)) - len(ranked)
+    unjudged = sum(map(len, asked)) - len(ranked)
     enough_s = trial_s + _epoch_seconds(speed, whole.job)
     needed_minutes = math.ceil(enough_s / 60) if options.epochs < min(1, whole.job.training.epochs) else None
     return LabelEstimate(ranked, unjudged, options.epochs, time.monotonic() - started, needed_minutes)
@@ -133,7 +139,8 @@ def _pass_tokens(job: TrainingJob[Any]) -> tuple[float, float]:
 
 
 def _judged(
-    folds: Sequence[Sequence[TaskRow]],
+    asked: Sequence[Sequence[TaskRow]],
+    system: str | None,
     jobs: Sequence[TrainingJob[Any]],
     base: Base,
     folder: Path,
@@ -141,16 +148,17 @@ def _judged(
     deadline: float,
     progress: Progress,
 ) -> Iterator[JudgedRow]:
-    """The rows, each judged by the adapter that was validated on its fold; each fold has the same part of the time."""
+    """The rows of each fold, judged by the adapter that was validated on it; each has the same part of the time."""
     model = bases.load_torch(base, torch.float32)
     # A recurrent state cannot be cut back to the beginning that rows have in common.
     takes_cache = not architectures.of(base.header).is_recurrent
-    total = sum(map(len, folds))
+    total = sum(map(len, asked))
     with closing(GgufTokenizer(base.path)) as tokenizer, progress.step("asking the adapters", total) as step:
-        for number, (fold, job) in enumerate(zip(folds, jobs, strict=True)):
+        for number, (rows, job) in enumerate(zip(asked, jobs, strict=True)):
             now = time.monotonic()
-            until = now + (deadline - now) / (len(folds) - number)
+            until = now + (deadline - now) / (len(asked) - number)
+            examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="completion", max_tokens=sys.maxsize)
             checkpoint = methods.Checkpoint(job.name, folder / job.name / "adapter", model, job.options)
             with job.method.loaded(checkpoint) as tuned:
-                reader = Reader(tuned, job.validation, takes_cache=takes_cache and job.method.takes_cache)
-                yield from judge(reader, tokenizer, fold, job.validation, step, deadline=until)
+                reader = Reader(tuned, examples, takes_cache=takes_cache and job.method.takes_cache)
+                yield from judge(reader, tokenizer, rows, examples, step, deadline=until)

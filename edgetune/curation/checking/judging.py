@@ -20,7 +20,7 @@ from edgetune.training.schedule import passes
 
 from .findings import JudgedRow
 from .reading import Reader, RowReader
-from .said_values import parts_of_answers, with_unsaid_values
+from .said_values import parts_of_answer, with_unsaid_values
 
 _LOGITS_PER_PASS = 2**25
 _WRONG = 0.1
@@ -49,7 +49,7 @@ def judge(
     *,
     deadline: float = math.inf,
 ) -> list[JudgedRow]:
-    """Judge the answers of the rows with a model that was not trained on them; `examples` are the rows' tokens.
+    """Judge the last answers of the rows with a model that was not trained on them; `examples` are the rows' tokens.
 
     At `deadline` (of time.monotonic), the longest rows that are left are not judged, and the model's own answers are
     cut.
@@ -83,7 +83,7 @@ def _limits(rows: Sequence[TaskRow], relative: Sequence[float]) -> list[float]:
     It is the `_limit` of all rows. If most rows with a field are below it, the model hardly knows the field, and its
     rows are compared with each other; those of a label too.
     """
-    limit, parts = _limit(relative), [parts_of_answers(row) for row in rows]
+    limit, parts = _limit(relative), [parts_of_answer(row) for row in rows]
     by_part: dict[str, list[float]] = {}
     for own, likelihood in zip(parts, relative, strict=True):
         for part in own:

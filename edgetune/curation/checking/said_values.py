@@ -7,7 +7,6 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 
 from edgetune.tasks.augmentation.answers import Answer, Scalar
 from edgetune.tasks.augmentation.slots import has_value, parts_of, spoken
@@ -49,13 +48,13 @@ def unsaid_texts(rows: Sequence[SplitRow]) -> Iterator[Finding]:
 
 
 def with_unsaid_values(rows: Sequence[TaskRow], relative: Sequence[float]) -> list[float]:
-    """The relative likelihoods of answers, lower for those with values that the prompt and few others lack.
+    """The relative likelihoods of the rows' last answers, lower where the prompt and few others lack a value.
 
     Each is multiplied by the lowest share of rows, of those with the same field and a likelihood from the median on,
     whose prompts lack its value too. One row of either kind is added, so that no share is 0. Of an answer that the
     model would give too (1) the likelihood stays, whatever its values.
     """
-    values, median = [_values_of_all(row) for row in rows], statistics.median(relative)
+    values, median = [_values_of(row) for row in rows], statistics.median(relative)
     unsaid = Counter(key for row in values for key, is_said in row.items() if not is_said)
     having: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
@@ -71,12 +70,9 @@ def with_unsaid_values(rows: Sequence[TaskRow], relative: Sequence[float]) -> li
     return changed
 
 
-def parts_of_answers(row: TaskRow) -> set[str]:
-    """The fields of all answers of a row that are learned; of a text, such as a label, the text itself."""
-    parts: set[str] = set()
-    for answer in row.answers:
-        parts |= {field for field, _ in _scalars_of(answer)} or {answer.completion or ""}
-    return parts
+def parts_of_answer(row: TaskRow) -> set[str]:
+    """The fields of a row's last answer; of a text, such as a label, the text itself."""
+    return {field for field, _ in _scalars_of(row)} or {row.completion or ""}
 
 
 def text_before(row: TaskRow) -> str:
@@ -96,14 +92,6 @@ def _scalars_of(row: TaskRow) -> list[tuple[str, Scalar]]:
     if answer is None:
         return []
     return [(answer.field(path), value) for path, value in answer.scalars() if answer.place_of(path) == last]
-
-
-def _values_of_all(row: TaskRow) -> Mapping[tuple[str, Scalar], bool]:
-    """The same of all answers of a row that are learned; a value counts as said if it is before each."""
-    values: dict[tuple[str, Scalar], bool] = {}
-    for key, is_said in chain.from_iterable(_values_of(part).items() for part in row.answers):
-        values[key] = values.get(key, True) and is_said
-    return values
 
 
 def _is_said(text: str, value: Scalar) -> bool:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from edgetune.common.progress import Progress, Step
 from edgetune.curation.checking import folds, judging
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
-from edgetune.curation.checking.findings import JudgedRow, LabelEstimate, TaskCheck
+from edgetune.curation.checking.findings import Finding, JudgedRow, LabelEstimate, TaskCheck
 from edgetune.curation.checking.judging import judge
 from edgetune.curation.checking.page import length_bars
 from edgetune.curation.checking.reading import Reader
@@ -631,7 +632,7 @@ def test_the_time_in_which_each_training_reads_its_rows_is_named() -> None:
     known = [JudgedRow("train:1", 0.1, 1), JudgedRow("train:2", 0.1, 0.01, "off", 0.1)]
     assert "2% of its rows, which is too little" in LabelEstimate(known, 0, 0.02, 60, needed_minutes=9).summary
     assert "--minutes 9" in LabelEstimate(known, 0, 0.02, 60, needed_minutes=9).summary
-    assert "; judged 50% of the rows" in LabelEstimate(known, 2, 2.0, 60).summary
+    assert "; judged 50% of the answers" in LabelEstimate(known, 2, 2.0, 60).summary
 
 
 def test_an_estimate_says_what_it_found_and_how_well_its_adapters_know_the_task() -> None:
@@ -659,6 +660,33 @@ def test_methods_without_modules_and_recurrent_bases_find_wrong_answers_too(
     assert found.estimate is not None
     assert all(0 <= row.likelihood <= 1 and 0 <= row.relative <= 1 for row in found.estimate.rows)
     assert len(found.estimate.rows) == len(rows)
+
+
+def test_of_a_conversation_each_call_is_judged_and_one_that_is_wrong_leaves_it_out(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def row(room: str) -> dict[str, Any]:
+        call = {"function": {"name": "light", "arguments": {"area": room}}}
+        talk = [{"role": "user", "content": f"light the {room}"}, {"role": "assistant", "tool_calls": [call]}]
+        talk += [{"role": "tool", "name": "light", "content": "ok"}, {"role": "assistant", "content": "Done."}]
+        return {"messages": talk, "tools": [ROOM_TOOL]}
+
+    data = {"rows.jsonl": [row(room) for room in ROOMS]}
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), data=data, training={"max_steps": 2})
+    (found,) = check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
+    assert found.estimate is not None
+    places = [row.where for row in found.estimate.rows]
+    source = places[0].partition("rows.jsonl")[0] + "rows.jsonl"
+    assert sorted(places) == sorted(f"{source}:{line}, message 2" for line in range(1, len(ROOMS) + 1))
+    doubtful = [replace(row, own="?", weight=0.5) for row in found.estimate.rows[:1]]
+    found = replace(
+        found, findings=[Finding("wrong_label", (doubtful[0].where,))], estimate=LabelEstimate(doubtful, 0, 1, 1)
+    )
+    spec, clean = Recipe.from_file(recipe).adapters["command"].data, tmp_path / "clean.jsonl"
+    assert write_clean(found, spec, clean) == {"wrong_label": 1}
+    assert len(read_rows(str(clean))) == len(ROOMS) - 1
+    assert not write_clean(found, spec, clean, weighted=True)
+    assert sorted(row.weight for row in read_rows(str(clean)))[:2] == [0.5, 1]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
