@@ -17,7 +17,7 @@ from edgetune_export.architectures.layout import name_map, tensor_name
 from edgetune_export.architectures.shape import SizedModule
 from edgetune_export.base_file.convert import check_folder, weight_files
 from edgetune_export.hf_folder import read_config
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.formats.regular_file import reading
@@ -27,6 +27,8 @@ HEADER_BYTES_PER_TOKEN = 36
 
 _NOT_TEXT = ("model.visual.", "model.vision_", "model.audio_", "model.embed_vision.", "model.embed_audio.", "mtp.")
 """The beginnings of names of tensors that no text part has."""
+_PACKED = (".qweight", ".weight_packed")
+"""The ends of names of integers of 2 to 8 bits, as of GPTQ, AWQ and compressed-tensors."""
 _OF_MULTIMODAL = "model.language_model."
 """The beginning of names where others have `model.`."""
 _OF_ENCODER = re.compile(r"(?:\w+\.)?((?:(?:encoder|transformer)\.layer\.\d+\..+|embeddings_project))\.weight")
@@ -39,8 +41,8 @@ _F16 = TENSOR_TYPES["f16"].number
 def predict_header(folder: Path) -> GgufHeader:
     """The header of the folder's f16 GGUF file, without the tokenizer; each offset estimates the size of the header.
 
-    Reads config.json and the headers of the .safetensors files. Raises what `check_folder` raises, and
-    VerificationError if a file is damaged.
+    Reads config.json and the headers of the .safetensors files. Raises what `check_folder` raises,
+    VerificationError if a file is damaged, and IncompatibleError for packed weights.
     """
     spec = check_folder(folder)
     architecture, config = spec.gguf, spec.text_part(read_config(folder))
@@ -56,6 +58,9 @@ def predict_header(folder: Path) -> GgufHeader:
         for name, shape in _shapes(file):
             if name.startswith(_NOT_TEXT):
                 continue
+            if name.endswith(_PACKED):
+                message = f"{folder} has packed weights of a quantization ({name}), which are not supported"
+                raise IncompatibleError(message, "use the same model without this quantization, or its .gguf file")
             parameter = name.replace(_OF_MULTIMODAL, "model.", 1)
             tensor = tensor_name(parameter, names)
             parts = [tensor] if tensor else _parts(parameter, spec) or [parameter]

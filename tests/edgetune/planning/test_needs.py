@@ -102,6 +102,15 @@ def test_a_damaged_or_cut_off_safetensors_file_is_an_error(tiny_folder: Callable
             predict_header(tmp_path)
 
 
+def test_packed_weights_of_a_quantization_are_an_error(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "gptq"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.qweight"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IncompatibleError, match=r"gptq has packed weights of a quantization \(.*q_proj\.qweight\)"):
+        predict_header(folder)
+
+
 def test_weights_that_are_no_regular_file_or_have_a_long_header_are_an_error(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
