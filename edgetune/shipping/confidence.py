@@ -6,7 +6,7 @@ So the curves of each format include its quantization and its engine.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,9 +58,8 @@ def with_confidence(
             curves = fit_curves(rated)
             progress.say(f"  {engine} {name}: {described(curves)}")
             rule = entries[name].unsure
-            if rule is not None and (unsure := _never_sure(curves, rule.min_confidence)):
-                message = f"all {' and '.join(unsure)} answers are below min_confidence {rule.min_confidence:g}"
-                progress.say(f"  {engine} {name}: {message}; lower it, or give more rows for the confidence")
+            for message in () if rule is None else _never_sure(curves, rule.min_confidence):
+                progress.say(f"  {engine} {name}: {message}")
             entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)
 
@@ -114,10 +113,15 @@ def _rated(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progr
     ]
 
 
-def _never_sure(curves: Mapping[str, ConfidenceCurve], min_confidence: float) -> list[str]:
-    """The kinds of answers of which none reaches `min_confidence`, however sure the model is."""
+def _never_sure(curves: Mapping[str, ConfidenceCurve], min_confidence: float) -> Iterator[str]:
+    """Which kinds of answers are unsure however sure the model is, and what to do."""
     most = {kind: confidence(curves, kind, MAX_LOG_ODDS) for kind in curves}
-    return [kind for kind, value in most.items() if value is not None and value < min_confidence]
+    if low := [kind for kind, value in most.items() if value is not None and value < min_confidence]:
+        message = f"all {' and '.join(low)} answers are below min_confidence {min_confidence:g}"
+        yield f"{message}; lower it, or give more rows for the confidence"
+    if unknown := [kind for kind, value in most.items() if value is None]:
+        message = f"all {' and '.join(unknown)} answers are unsure, as they have no confidence"
+        yield f"{message}; give more such rows for the confidence, or leave out min_confidence"
 
 
 def described(curves: Mapping[str, ConfidenceCurve]) -> str:

@@ -110,7 +110,7 @@ class AnswerForm:
         """Those of an adapter's curves that its build fitted on answers of this form."""
         if entry is None or self.output is not None or self.unconstrained:
             return {}
-        if self.tools is not None and (entry.output is not None or entry.labels):
+        if self.tools is not None and (entry.output is not None or entry.labels or self.tools.choice != "auto"):
             return {}
         return {} if self.labels is not None and {*self.labels} != {*entry.labels} else curves
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, UsageError
-from edgetune_runtime.bundle import Manifest, UnsureRule, read_manifest
+from edgetune_runtime.bundle import ConfidenceCurve, Manifest, UnsureRule, read_manifest
 from edgetune_runtime.inference.measuring import logits_after
 from edgetune_runtime.inference.similarity import read_prompts
 from recipes import adapter_of, lights, make_recipe, write_rows
@@ -21,7 +21,7 @@ from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
-from edgetune.shipping.confidence import _chosen
+from edgetune.shipping.confidence import _chosen, _never_sure
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import score
@@ -139,6 +139,12 @@ def test_the_build_says_which_answers_can_never_be_sure(built: tuple[Path, list[
     for engine in ("gguf", "onnx"):
         assert f"{engine} color: all label answers are below min_confidence 0.99; lower it, or" in said
     assert "command: all" not in said
+
+
+def test_kinds_without_a_confidence_are_never_sure() -> None:
+    curves = {"value": ConfidenceCurve(30, 1.0, 1.0, 0.0), "nothing": ConfidenceCurve(9, 1.0)}
+    (said,) = _never_sure(curves, 0.5)
+    assert said.startswith("all nothing answers are unsure, as they have no confidence; give more such rows")
 
 
 def test_the_build_says_what_has_no_confidence(built: tuple[Path, list[str]]) -> None:

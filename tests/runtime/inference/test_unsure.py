@@ -12,7 +12,9 @@ from edgetune_runtime.bundle import CLASSIFY, GENERATE
 from edgetune_runtime.inference.adapter_changes import chosen_adapter
 from edgetune_runtime.inference.call import Call
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.options import AnswerForm
 from edgetune_runtime.limits import CallLimits
+from edgetune_runtime.tools.definitions import tool_set
 from runtime.bundles import add_router, change_manifest
 from runtime.serving.waiting import is_waiting
 
@@ -212,15 +214,18 @@ def test_one_that_cannot_answer_in_its_place_leaves_the_marked_answer(
     assert "kept an unsure answer: the prompt has" in caplog.text
 
 
-def test_tools_in_place_of_an_own_constraint_have_no_confidence(sure_bundle: Path, sure_home: Path) -> None:
+def test_only_tools_that_the_model_may_leave_in_place_of_no_constraint_have_a_confidence(
+    sure_bundle: Path, sure_home: Path
+) -> None:
     output = {"choices": ["on", "off"]}
     change_manifest(sure_home, lambda raw: raw["adapters"]["command"].update(output=output))
     tools = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}]
-    for path, confident in ((sure_bundle, True), (sure_home, False)):
+    for path, choices in ((sure_bundle, {"auto"}), (sure_home, {*()})):
         with Runtime.open(path, disk_mb=0, context_length=512) as runtime:
-            called = {"tools": tools, "tool_choice": "required", "max_tokens": 60}
-            answer = runtime.generate(PROMPT, adapter="command", **called)
-            assert (len(answer.tool_calls), answer.confidence is not None) == (1, confident)
+            for choice in ("auto", "none", "required", "lamp"):
+                form = AnswerForm(tools=tool_set(tools, choice))
+                call = loaded_bundle(runtime).call(PROMPT, "command", form=form)
+                assert bool(call.curves) == (choice in choices)
 
 
 def test_a_label_is_marked(opened: Runtime) -> None:
