@@ -63,13 +63,16 @@ class LoggedAnswer:
     def message_of(self, text: str) -> Message:
         """The assistant's message of a text as in `answer` and `correction`.
 
-        UsageError for calls of tools in another form, for those of anything but the tools, and for JSON with a number
-        such as 1e999.
+        UsageError for calls of tools in another form, for those of anything but the tools, for any without tools, and
+        for JSON with a number such as 1e999.
         """
         value = json_or_none(text)
         if isinstance(value, dict | list) and not _is_finite(value):
             infinite = f"{shortened(text, 80)!r} has a number that is not finite, which JSON cannot have"
             raise UsageError(infinite, "give a finite number")
+        if self.tools is None and _has_calls(value) and not _has_calls(json_or_none(self.answer)):
+            without = f"{shortened(text, 80)!r} calls tools, and the prompt had none"
+            raise UsageError(without, "ask again with tools, or give a text")
         if self.tools is None or not _has_calls(value):
             if self.tools is not None and _is_plain_json(text) and not _is_plain_json(self.answer):
                 raise UsageError(f"{shortened(text, 80)!r} calls no tool", _CALLS)

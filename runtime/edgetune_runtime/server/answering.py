@@ -219,6 +219,9 @@ class Answering:
                         is_first = False
                     if request.finish is None:
                         yield Piece(index, text)
+                if is_first:
+                    # An answer of calls alone has no other piece.
+                    self.metrics.count_first_piece(request.adapters, request.arrived)
             except UnsureError as error:
                 if isinstance(error.answer, Answer):
                     self.metrics.count_answer(request.adapters, error.answer)

@@ -122,6 +122,17 @@ def test_calls_are_logged_with_their_tools(start: Start, tools_bundle: Path, log
     assert json.loads(entry.answer) == {"tool_calls": [{"name": call["function"]["name"], "arguments": arguments}]}
     assert json.loads(entry.correction or "") == other
     assert [tool["function"]["name"] for tool in entry.tools or ()] == ["lamp", "clock"]
+    assert 'edgetune_ttft_seconds_count{adapter="one"} 1.0' in server.client.get("/metrics").text
+
+
+def test_calls_in_place_of_an_answer_that_could_call_nothing_are_refused(
+    start: Start, tools_bundle: Path, log: Path
+) -> None:
+    server = start(tools_bundle, log=log)
+    reply = server.client.post("/v1/chat/completions", json={"model": "one", "messages": ASK, "max_tokens": 4}).json()
+    body = {"id": reply["id"], "correction": {"tool_calls": [{"name": "clock", "arguments": {}}]}}
+    refused = server.client.post(PATH, json=body)
+    assert refused.status_code == 400 and "calls tools, and the prompt had none" in refused.text
 
 
 def test_what_may_call_no_tool_is_not_logged(start: Start, tools_bundle: Path, log: Path) -> None:
