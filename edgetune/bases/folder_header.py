@@ -21,6 +21,7 @@ from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.formats.regular_file import reading
+from edgetune_runtime.wording import first_of
 
 HEADER_BYTES_PER_TOKEN = 36
 """Size of the tokenizer in a GGUF file, per token; measured on SmolLM2: 1.79 MB for 49,152 tokens."""
@@ -29,6 +30,8 @@ _NOT_TEXT = ("model.visual.", "model.vision_", "model.audio_", "model.embed_visi
 """The beginnings of names of tensors that no text part has."""
 _PACKED = (".qweight", ".weight_packed")
 """The ends of names of integers of 2 to 8 bits, as of GPTQ, AWQ and compressed-tensors."""
+_SCALES = (".weight_scale_inv", ".weight_scale")
+"""The ends of names of the scales of weights in 8 bits."""
 _OF_MULTIMODAL = "model.language_model."
 """The beginning of names where others have `model.`."""
 _OF_ENCODER = re.compile(r"(?:\w+\.)?((?:(?:encoder|transformer)\.layer\.\d+\..+|embeddings_project))\.weight")
@@ -54,10 +57,15 @@ def predict_header(folder: Path) -> GgufHeader:
     metadata |= {f"{architecture}.{key}": value for key, value in spec.header_entries(config).items()}
     names = name_map(GgufHeader(metadata, {}))
     shapes: dict[str, tuple[int, ...]] = {}
+    unscaled, scaled = set[str](), set[str]()
     for file in weight_files(folder):
-        for name, shape in _shapes(file):
+        for name, dtype, shape in _tensors(file):
             if name.startswith(_NOT_TEXT):
                 continue
+            if dtype.startswith("F8_"):
+                unscaled.add(name)
+            elif name.endswith(_SCALES):
+                scaled.add(name.rpartition("_scale")[0])
             if name.endswith(_PACKED):
                 message = f"{folder} has packed weights of a quantization ({name}), which are not supported"
                 raise IncompatibleError(message, "use the same model without this quantization, or its .gguf file")
@@ -68,6 +76,9 @@ def predict_header(folder: Path) -> GgufHeader:
                 # Of a convolution with one input per channel, the converter drops the dimension of the inputs.
                 sizes = [shape[0], shape[2]] if len(shape) == 3 and shape[1] == 1 else shape
                 shapes[part] = tuple(reversed([*(rows // len(parts) for rows in sizes[:1]), *sizes[1:]]))
+    if unscaled - scaled:
+        message = f"{folder} has {first_of(sorted(unscaled - scaled), 1)} in 8 bits without a scale"
+        raise VerificationError(message, "download the model again")
     # A damaged file may have a matrix of fewer dimensions.
     start = HEADER_BYTES_PER_TOKEN * sum(shapes.get("token_embd.weight", ())[1:2])
     return GgufHeader(
@@ -80,7 +91,7 @@ def encoder_modules(weights: Path) -> tuple[SizedModule, ...]:
 
     Raises VerificationError if the file is damaged.
     """
-    found = ((_OF_ENCODER.fullmatch(name), shape) for name, shape in _shapes(weights))
+    found = ((_OF_ENCODER.fullmatch(name), shape) for name, _, shape in _tensors(weights))
     return tuple(
         SizedModule(match[1], match[1], columns=shape[1], rows=shape[0])
         for match, shape in found
@@ -96,8 +107,8 @@ def _parts(name: str, architecture: Architecture) -> list[str]:
     return []
 
 
-def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of each tensor of a .safetensors file: 8 bytes of header length, then a JSON header."""
+def _tensors(file: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, type and shape of each tensor of a .safetensors file: 8 bytes of header length, then a JSON header."""
     try:
         with reading(file) as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
@@ -109,6 +120,6 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
             raise ValueError("the file is truncated")
         for name, entry in head.items():
             if name != "__metadata__":
-                yield name, [operator.index(size) for size in entry["shape"]]
+                yield name, str(entry["dtype"]), [operator.index(size) for size in entry["shape"]]
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(f"{file} is not a whole .safetensors file", "download the model again") from error

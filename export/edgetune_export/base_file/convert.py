@@ -20,6 +20,7 @@ from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError, parsing
 from edgetune_runtime.formats.atomic import TEMPORARY
+from edgetune_runtime.wording import shortened
 
 from edgetune_export import architectures
 from edgetune_export.architectures import Architecture
@@ -38,8 +39,10 @@ MAX_LAYERS = 1024
 """The most layers of a base that is read: a damaged number would take all memory."""
 WEIGHT_FILES = "model*.safetensors"
 """The names of the files with weights."""
-_NOT_CONVERTED = ("aqlm", "awq", "bitsandbytes", "eetq", "higgs", "hqq", "quanto", "spqr", "torchao", "vptq")
-"""Quantizations of transformers that the converter does not read."""
+_CONVERTED = ("compressed-tensors", "fp8", "modelopt")
+"""Quantizations of transformers that the converter reads, of weights in 8 bits."""
+_PROGRESS = "Writing:"
+"""The beginning of the converter's progress bar."""
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-(\d{1,6})\.safetensors")
@@ -65,8 +68,8 @@ def check_folder(folder: Path) -> Architecture:
     architecture = architectures.of_model_type(config["model_type"], str(folder))
     text = architecture.text_part(config)
     quantized = config.get("quantization_config")
-    if isinstance(quantized, dict) and quantized.get("quant_method") in _NOT_CONVERTED:
-        message = f"{folder} is quantized with {quantized['quant_method']}, which llama.cpp's converter cannot read"
+    if isinstance(quantized, dict) and quantized and (method := quantized.get("quant_method")) not in _CONVERTED:
+        message = f"{folder} is quantized with {shortened(str(method))}, which is not supported"
         raise IncompatibleError(message, "use the same model without this quantization, or its .gguf file")
     _check_sizes(text, path)
     with parsing(f"{path} is damaged", "download the model again"):
@@ -171,7 +174,8 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
         )
     if process.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
-        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        lines = [line for line in process.stderr.strip().splitlines() if not line.startswith(_PROGRESS)]
+        reason = lines[-1] if lines else "no message"
         raise IncompatibleError(f"llama.cpp cannot convert {folder}: {reason}", "check the model's files and tokenizer")
 
 

@@ -111,6 +111,19 @@ def test_packed_weights_of_a_quantization_are_an_error(tiny_folder: Callable[[st
         predict_header(folder)
 
 
+def test_a_weight_in_8_bits_without_its_scale_is_an_error(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "fp8"))
+    tensors, names = load_file(folder / "model.safetensors"), ("q_proj", "k_proj")
+    for name in (f"model.layers.0.self_attn.{part}.weight" for part in names):
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert predict_header(folder)
+    del tensors["model.layers.0.self_attn.k_proj.weight_scale_inv"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"has model\.layers\.0\.self_attn\.k_proj\.weight in 8 bits without"):
+        predict_header(folder)
+
+
 def test_weights_that_are_no_regular_file_or_have_a_long_header_are_an_error(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

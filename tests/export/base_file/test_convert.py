@@ -207,7 +207,7 @@ def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
         (
             {"config.json": BITSANDBYTES},
             IncompatibleError,
-            "is quantized with bitsandbytes, which llama.cpp's converter",
+            "is quantized with bitsandbytes, which is not supported; use the same model without",
         ),
         ({"config.json": LLAMA, "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
         ({"config.json": LLAMA, "pytorch_model.bin": "", "x.safetensors": ""}, NotFoundError, "no .safetensors file"),
