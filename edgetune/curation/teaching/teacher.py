@@ -15,7 +15,7 @@ from edgetune_runtime.inference.chat_client import (
     OF_ONE_REQUEST,
     check_address,
     checked_key,
-    finish_reason_of,
+    choice_of,
     format_of,
     message_of,
     post,
@@ -139,7 +139,7 @@ class Teacher:
         """The answer to a request; ValueError with what came in place of one, and the errors of `post`."""
         raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
         try:
-            reply = Reply(message_of(raw).get("content") or "", finish_reason_of(raw) == "length")
+            reply = Reply(message_of(raw).get("content") or "", choice_of(raw).get("finish_reason") == "length")
         except ValueError as error:
             raise ValueError(shortened(without_key(raw.decode(errors="replace"), self.key), 80)) from error
         self._has_answered = True

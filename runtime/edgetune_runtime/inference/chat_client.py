@@ -144,9 +144,10 @@ def message_of(reply: bytes) -> dict[str, Any]:
     return dict(message)
 
 
-def finish_reason_of(reply: bytes) -> object:
-    """Why a chat completion, which `message_of` can read, ended: `length` at its limit of tokens."""
-    return json.loads(reply)["choices"][0].get("finish_reason")
+def choice_of(reply: bytes) -> Mapping[str, Any]:
+    """The first choice of a chat completion, which `message_of` can read; its `finish_reason` may be `length`."""
+    choice: Mapping[str, Any] = json.loads(reply)["choices"][0]
+    return choice
 
 
 def without_thought(text: str) -> str:

@@ -21,7 +21,7 @@ from edgetune_runtime.wording import shortened
 from .chat_client import (
     check_address,
     checked_key,
-    finish_reason_of,
+    choice_of,
     format_of,
     message_of,
     post,
@@ -182,9 +182,12 @@ def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
         json.dumps([message, [call.arguments for call in calls]], ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _error(to, f"sent no chat completion: {error}") from error
-    reason = finish_reason_of(reply)
-    if reason in ("length", "content_filter"):
+    choice = choice_of(reply)
+    if (reason := choice.get("finish_reason")) in ("length", "content_filter"):
         raise _error(to, f"did not finish its answer: {reason}")
+    if choice.get("is_unsure") is True:
+        # Another edgetune server, whose question or other adapter may stand in place of its answer.
+        raise _error(to, "is unsure too")
     return without_thought(message.get("content") or "").strip(), tuple(calls)
 
 

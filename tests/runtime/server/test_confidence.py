@@ -210,6 +210,7 @@ def test_the_reason_of_another_refusal_is_logged(
         (200, b"[" * 100_000),
         (500, b"[" * 100_000),
         (200, b'{"choices": [{"message": {"content": "the lamp"}, "finish_reason": "length"}]}'),
+        (200, b'{"choices": [{"message": {"content": "Which lamp?"}, "is_unsure": true, "instead": "ask"}]}'),
         (200, b'{"choices": [{"message": {"content": " <think>a lamp</think>\\n"}}]}'),
         (200, b" " * (1 << 21)),
     ],
