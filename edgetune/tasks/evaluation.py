@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -189,8 +190,15 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
         tools = None if row.tools is None else row.tools.definitions
         options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
         reply = task.runtime.generate(prompt, adapter=task.adapter, **options)
-        text = answer_text(reply.content, [(call.name, call.arguments) for call in reply.tool_calls])
+        text = text_to_score(reply)
     return _detail(row, text, 0.0, kind=reply.kind, log_odds=reply.log_odds, confidence=reply.confidence)
+
+
+def text_to_score(reply: Answer) -> str:
+    """An answer as `answer_text` writes it; a call that was cut off is one too, so that it never counts as none."""
+    if reply.is_cut_off and not reply.tool_calls and reply.text.strip() != reply.content.strip():
+        return json.dumps({"tool_calls": [reply.text]}, ensure_ascii=False)
+    return answer_text(reply.content, [(call.name, call.arguments) for call in reply.tool_calls])
 
 
 def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:

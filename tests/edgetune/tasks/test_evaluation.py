@@ -15,7 +15,7 @@ from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.common.progress import Progress
 from edgetune.tasks import metrics
-from edgetune.tasks.evaluation import Evaluation, evaluate
+from edgetune.tasks.evaluation import Evaluation, evaluate, text_to_score
 
 SYSTEM = "answer in one word"
 LABELS = ("red", "green", "warm red", "warm")
@@ -230,6 +230,10 @@ def test_calls_are_compared_by_name_and_arguments(
     tools = [{"name": "stop"}]
     with Runtime.open(bundle) as runtime:
         answer = runtime.generate("play", adapter="task", tools=tools, max_tokens=60)
+        cut_off = runtime.generate("play", adapter="task", tools=tools, tool_choice="required", max_tokens=2)
+    # A call that has begun is not an answer without any.
+    assert metrics.score("json", [text_to_score(cut_off)], ["No."], offers_tools=[True])[0] == 0
+    assert metrics.score("json", [text_to_score(answer)], ["No."], offers_tools=[True])[0] == 1
     asked = {"role": "user", "content": "play"}
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "stop"}}]}
     said = {"role": "assistant", "content": answer.text}
