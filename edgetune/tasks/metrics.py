@@ -45,7 +45,7 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     completions = [row.completion for row in rows if row.completion is not None]
     if not completions:
         return "perplexity"
-    has_json = [_compares("json", row) for row in rows]
+    has_json = [compares("json", row) for row in rows]
     are_json = all(is_json or row.tools is not None for is_json, row in zip(has_json, rows, strict=True))
     if are_json and sum(has_json) * 2 >= len(rows):
         return "json"
@@ -65,12 +65,12 @@ def answers_to_score(rows: Sequence[TaskRow], metric: Metric, trained: Sequence[
     scored: list[TaskRow] = []
     seen = {row.prompt_key for row in rows} | {answer.prompt_key for row in trained for answer in row.answers}
     for row in rows:
-        earlier = [answer for answer in row.answers[:-1] if _compares(metric, answer)]
+        earlier = [answer for answer in row.answers[:-1] if compares(metric, answer)]
         for answer in earlier:
             if answer.prompt_key not in seen:
                 seen.add(answer.prompt_key)
                 scored.append(answer)
-        if not earlier or metric != "json" or _compares(metric, row):
+        if not earlier or metric != "json" or compares(metric, row):
             scored.append(row)
     return scored
 
@@ -112,7 +112,8 @@ def per_conversation(points: Iterable[tuple[str, float]]) -> list[float]:
     return [*map(statistics.fmean, conversations.values())]
 
 
-def _compares(metric: Metric, answer: TaskRow) -> bool:
+def compares(metric: Metric, answer: TaskRow) -> bool:
+    """Whether an answer in a conversation is what the metric compares: with "json", an object, a list or calls."""
     if metric == "json":
         return isinstance(_parsed(answer.completion or ""), dict | list)
     return metric in ("exact", "perplexity") or answer.turn is None
@@ -160,7 +161,7 @@ def without_json(rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The rows that keep the others, at least nine of ten, from being scored as JSON."""
     odd, others = list[TaskRow](), list[TaskRow]()
     for row in rows:
-        is_json = row.tools is not None or _compares("json", row)
+        is_json = row.tools is not None or compares("json", row)
         (others if is_json else odd).append(row)
     return odd if 0 < 10 * len(odd) <= len(rows) and metric_for("auto", others, None) == "json" else []
 

@@ -32,11 +32,12 @@ from edgetune.objectives.base import row_length
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.training import choose_training
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import Metric
 from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import answers_to_score
+from edgetune.tasks.metrics import compares
 from edgetune.tasks.splitting import folds_of
 from edgetune.tasks.task import Task
 from edgetune.tasks.tokenization import tokenize_rows
@@ -105,10 +106,10 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
         # Calls are judged also where the texts after their results are scored.
         metric = "json" if any(row.tools for row in rows) else task.metric
-        asked = [answers_to_score(fold, metric) for fold in folds]
+        asked = [_answers(fold, metric) for fold in folds]
         judged = list(_judged(asked, task.spec.system, jobs, base, folder, deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
-    unjudged = sum(map(len, asked)) - len(ranked)
+    unjudged = sum(len(same) for answers in asked for same in answers) - len(ranked)
     enough_s = trial_s + _epoch_seconds(speed, whole.job)
     needed_minutes = math.ceil(enough_s / 60) if options.epochs < min(1, whole.job.training.epochs) else None
     return LabelEstimate(ranked, unjudged, options.epochs, time.monotonic() - started, needed_minutes)
@@ -138,8 +139,17 @@ def _pass_tokens(job: TrainingJob[Any]) -> tuple[float, float]:
     return sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS, validation_tokens(job.train) / FOLDS
 
 
+def _answers(rows: Sequence[TaskRow], metric: Metric) -> list[list[TaskRow]]:
+    """The answers of rows that the metric compares, or the last one, each with those that are the same."""
+    same: dict[tuple[str, str | None], list[TaskRow]] = {}
+    for row in rows:
+        for answer in [answer for answer in row.answers if compares(metric, answer)] or [row]:
+            same.setdefault((answer.prompt_key, answer.completion), []).append(answer)
+    return [*same.values()]
+
+
 def _judged(
-    asked: Sequence[Sequence[TaskRow]],
+    asked: Sequence[Sequence[Sequence[TaskRow]]],
     system: str | None,
     jobs: Sequence[TrainingJob[Any]],
     base: Base,
@@ -148,17 +158,24 @@ def _judged(
     deadline: float,
     progress: Progress,
 ) -> Iterator[JudgedRow]:
-    """The rows of each fold, judged by the adapter that was validated on it; each has the same part of the time."""
+    """The answers of each fold, judged by the adapter that was validated on it; each has the same part of the time.
+
+    Of those that are the same, one is asked for.
+    """
     model = bases.load_torch(base, torch.float32)
     # A recurrent state cannot be cut back to the beginning that rows have in common.
     takes_cache = not architectures.of(base.header).is_recurrent
     total = sum(map(len, asked))
     with closing(GgufTokenizer(base.path)) as tokenizer, progress.step("asking the adapters", total) as step:
-        for number, (rows, job) in enumerate(zip(asked, jobs, strict=True)):
+        for number, (answers, job) in enumerate(zip(asked, jobs, strict=True)):
+            rows = [same[0] for same in answers]
             now = time.monotonic()
             until = now + (deadline - now) / (len(asked) - number)
             examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="completion", max_tokens=sys.maxsize)
             checkpoint = methods.Checkpoint(job.name, folder / job.name / "adapter", model, job.options)
             with job.method.loaded(checkpoint) as tuned:
                 reader = Reader(tuned, examples, takes_cache=takes_cache and job.method.takes_cache)
-                yield from judge(reader, tokenizer, rows, examples, step, deadline=until)
+                judged = {row.where: row for row in judge(reader, tokenizer, rows, examples, step, deadline=until)}
+            for first, *others in answers:
+                if first.where in judged:
+                    yield from (replace(judged[first.where], where=answer.where) for answer in (first, *others))
