@@ -52,7 +52,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)
     torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, recipe)
-    in_torch = torch.score([row.answer for row in first.details])
+    in_torch = torch.score([row.written for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(
         name=trial.name,

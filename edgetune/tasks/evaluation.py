@@ -39,8 +39,8 @@ class ScoredRow:
     """One row: prompt, expected answer, actual answer, and score between 0 and 1.
 
     With perplexity there is no answer, and `score` is the negative log likelihood in nats per token; `bits_per_byte`
-    says the same without regard to the tokenizer, and is None for other metrics. `kind`, `log_odds` and `confidence`
-    are those of `edgetune_runtime.Answer`.
+    says the same without regard to the tokenizer, and is None for other metrics. `written` is the answer with its calls
+    as the model wrote them. `kind`, `log_odds` and `confidence` are those of `edgetune_runtime.Answer`.
     """
 
     where: str
@@ -48,6 +48,7 @@ class ScoredRow:
     reference: str
     answer: str
     score: float
+    written: str = ""
     kind: str | None = None
     log_odds: float | None = None
     confidence: float | None = None
@@ -185,13 +186,14 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
     reply: Classification | Answer
     if task.metric == "label":
         reply = task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)
-        text = reply.label
+        text = written = reply.label
     else:
         tools = None if row.tools is None else row.tools.definitions
         options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
         reply = task.runtime.generate(prompt, adapter=task.adapter, **options)
-        text = text_to_score(reply)
-    return _detail(row, text, 0.0, kind=reply.kind, log_odds=reply.log_odds, confidence=reply.confidence)
+        text, written = text_to_score(reply), reply.text
+    sureness = {"kind": reply.kind, "log_odds": reply.log_odds, "confidence": reply.confidence}
+    return _detail(row, text, 0.0, written=written, **sureness)
 
 
 def text_to_score(reply: Answer) -> str:
@@ -212,8 +214,8 @@ def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, in
         return -context.engine.score([target])[0], len(target)
 
 
-def _detail(row: TaskRow, answer: str, score: float, **sureness: Any) -> ScoredRow:  # noqa: ANN401 - as ScoredRow
-    return ScoredRow(row.where, row.prompt, row.completion or "", answer, score, **sureness)
+def _detail(row: TaskRow, answer: str, score: float, **more: Any) -> ScoredRow:  # noqa: ANN401 - as ScoredRow
+    return ScoredRow(row.where, row.prompt, row.completion or "", answer, score, **more)
 
 
 def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -> tuple[list[TaskRow], Metric]:

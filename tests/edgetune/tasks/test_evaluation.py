@@ -246,3 +246,4 @@ def test_calls_are_compared_by_name_and_arguments(
     # An untrained adapter does not call the tool: its answer is the text that it gives in the runtime.
     assert result.details[0].score < 1
     assert result.details[1].answer.startswith(answer.text)
+    assert [row.written.strip() for row in result.details] == [row.answer.strip() for row in result.details]
