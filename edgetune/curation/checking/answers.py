@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import is_deeper, json_or_none
+from edgetune_runtime.tools.calls import is_text_of_call
 from edgetune_runtime.tools.formats import SEPARATORS
 from edgetune_runtime.wording import first_of
 
@@ -31,8 +31,6 @@ _USUAL, _ODD = 0.9, 0.05
 _MISSPELLED = 0.75
 """Least similarity of a misspelled field with the right one."""
 _FEW_ROWS, _MOST_KINDS = 5, 100
-_CALL_AS_TEXT = re.compile(r"\s*(<\|?tool_calls?\|?>|\[TOOL_CALLS\]|<start_function_call>|<function=)", re.IGNORECASE)
-"""How calls of usual formats begin."""
 
 
 def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
@@ -53,7 +51,7 @@ def _other_forms(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
     for item in rows:
         if item.row.turn is not None and (problem := bad_call(item.row)):
             yield Finding.of(MISFIT, [item], problem)
-        elif item.row.tools is not None and _CALL_AS_TEXT.match(item.row.completion or ""):
+        elif item.row.tools is not None and is_text_of_call(item.row.completion or ""):
             yield Finding.of(MISFIT, [item], "is the text of a call: give it as `tool_calls`")
     if spec is not None:
         for item in answered:

@@ -10,6 +10,7 @@ from typing import Any
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, messages_for
 from edgetune_runtime.text.json_text import json_or_none
+from edgetune_runtime.tools.calls import is_text_of_call
 from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import shortened, suggestion
@@ -76,6 +77,8 @@ class LoggedAnswer:
         if self.tools is None or not _has_calls(value):
             if self.tools is not None and _is_plain_json(text) and not _is_plain_json(self.answer):
                 raise UsageError(f"{shortened(text, 80)!r} calls no tool", _CALLS)
+            if self.tools is not None and is_text_of_call(text):
+                raise UsageError(f"{shortened(text, 80)!r} is the text of a call", _CALLS)
             return {"role": "assistant", "content": text}
         message = {"role": "assistant", "content": value.get("content"), "tool_calls": value["tool_calls"]}
         try:

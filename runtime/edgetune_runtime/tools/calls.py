@@ -16,11 +16,17 @@ from . import escaped
 from .formats import CallFormat, Placeholder
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
+_BEGINNING = re.compile(r"\s*(<\|?tool_calls?\b|\[TOOL_CALLS\]|<start_function_call>|<function=)", re.IGNORECASE)
 
 
 def random_id() -> str:
     """An id for a call of a tool."""
     return uuid.uuid4().hex[:9]
+
+
+def is_text_of_call(text: str) -> bool:
+    """Whether a text begins as calls of usual formats do."""
+    return _BEGINNING.match(text) is not None
 
 
 def answer_text(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

@@ -111,6 +111,7 @@ def test_what_an_expression_finds_in_calls_is_replaced(manifest: Manifest, tmp_p
         '```json\n{"tool_calls": []}',
         '{"tool_calls": "lamp"}',
         '{"tool_calls": [{"name": "lmap", "arguments": {}}]}',
+        '<tool_call>\n{"name": "lamp", "arguments": {}}\n</tool_call>',
     ],
 )
 def test_a_correction_that_means_calls_and_has_none_is_refused(
@@ -120,7 +121,9 @@ def test_a_correction_that_means_calls_and_has_none_is_refused(
     tools = [{"name": "lamp"}]
     called = log.answered("on", "", calls=[ToolCall("lamp", {})], tools=tools, adapter="command")
     said = log.answered("who", '{"who": "me"}', tools=tools, adapter="command")
-    with pytest.raises(UsageError, match=r"calls no tool; write calls as|no calls of tools; write|did you mean 'lamp'"):
+    with pytest.raises(
+        UsageError, match=r"calls no tool; write|no calls of tools; write|did you mean 'lamp'|is the text of a call; w"
+    ):
         log.corrected(called, correction)
     log.corrected(called, "which lamp? [the one in the hall]")
     log.corrected(said, '{"who": "you"}')
