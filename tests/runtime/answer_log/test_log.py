@@ -122,7 +122,7 @@ def test_a_correction_that_means_calls_and_has_none_is_refused(
     called = log.answered("on", "", calls=[ToolCall("lamp", {})], tools=tools, adapter="command")
     said = log.answered("who", '{"who": "me"}', tools=tools, adapter="command")
     with pytest.raises(
-        UsageError, match=r"calls no tool; write|no calls of tools; write|did you mean 'lamp'|is the text of a call; w"
+        UsageError, match=r"calls no tool; write|no calls of tools; write|did you mean 'lamp'|is the text of a call"
     ):
         log.corrected(called, correction)
     log.corrected(called, "which lamp? [the one in the hall]")
