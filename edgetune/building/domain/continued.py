@@ -238,7 +238,7 @@ def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
 def _nats(row: Floats, target: int) -> float:
     try:
         return log_total(row) - float(row[target])
-    except IncompatibleError:
+    except VerificationError:
         return math.inf
 
 

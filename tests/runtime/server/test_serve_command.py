@@ -159,9 +159,10 @@ def test_only_requests_to_adapters_with_constraints_need_their_library(constrain
         assert NEEDS_LIBRARY in response.json()["error"]["message"]
         process.send_signal(signal.SIGTERM)
         err = process.communicate(timeout=30)[1]
-    start, prompt = err.splitlines()
+    start, prompt, refused = err.splitlines()
     assert "requests to adapters whose answers are constrained will fail: output constraints " + NEEDS_LIBRARY in start
     assert "the prompt of command is not warm: output constraints " + NEEDS_LIBRARY in prompt
+    assert NEEDS_LIBRARY in refused
 
 
 def test_an_adapter_with_constraints_takes_no_commands_without_their_library(constrained: Path) -> None:
