@@ -84,7 +84,11 @@ def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Re
         with Runtime.open(out, engine=engine, disk_mb=0) as runtime:
             details = score(runtime, task, rows, Progress()).details
             share = cost_share(runtime, task, rows[0].messages or ())
-        lines.append({"task": task, "training": strength, "engine": engine, **figures(details), "cost": share})
+        # With few rows, the folds have them.
+        fitted = {} if strength == "few" else {"fit_rows": options.fit_rows}
+        lines.append(
+            {"task": task, "training": strength, "engine": engine, **fitted, **figures(details), "cost": share}
+        )
     return lines
 
 
@@ -178,6 +182,7 @@ def table(result: Result) -> str:
             "task": "{task}",
             "training": "{training}",
             "engine": "{engine}",
+            "rows of the curve": "{fit_rows}",
             "rows": "{rows}",
             "wrong": "{wrong:.1%}",
             "of surest 90 %": "{wrong_of_surest_90:.1%}",
