@@ -27,7 +27,7 @@ from edgetune_runtime import engines
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.atomic import TEMPORARY
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from transformers import PreTrainedModel
