@@ -48,11 +48,11 @@ class ScoredRow:
     reference: str
     answer: str
     score: float
-    written: str = ""
     kind: str | None = None
     log_odds: float | None = None
     confidence: float | None = None
     bits_per_byte: float | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,18 @@ FIELDS = {
     "Point": ["step", "epoch", "train_loss", "val_loss", "learning_rate"],
     "ProgressEvent": ["message", "step", "done", "total", "train_loss", "val_loss"],
     "Rebased": ["bundle", "changes", "before", "after", "margin", "left_out"],
-    "ScoredRow": ["where", "prompt", "reference", "answer", "score", "kind", "log_odds", "confidence", "bits_per_byte"],
+    "ScoredRow": [
+        "where",
+        "prompt",
+        "reference",
+        "answer",
+        "score",
+        "kind",
+        "log_odds",
+        "confidence",
+        "bits_per_byte",
+        "written",
+    ],
 }
 PROBE = """
 import sys
