@@ -30,8 +30,8 @@ _NOT_TEXT = ("model.visual.", "model.vision_", "model.audio_", "model.embed_visi
 """The beginnings of names of tensors that no text part has."""
 _PACKED = (".qweight", ".weight_packed")
 """The ends of names of integers of 2 to 8 bits, as of GPTQ, AWQ and compressed-tensors."""
-_SCALES = (".weight_scale_inv", ".weight_scale")
-"""The ends of names of the scales of weights in 8 bits."""
+_SCALES = ("_scale_inv", "_scale")
+"""What is added to the name of a weight in 8 bits for that of its scale."""
 _OF_MULTIMODAL = "model.language_model."
 """The beginning of names where others have `model.`."""
 _OF_ENCODER = re.compile(r"(?:\w+\.)?((?:(?:encoder|transformer)\.layer\.\d+\..+|embeddings_project))\.weight")
@@ -56,34 +56,33 @@ def predict_header(folder: Path) -> GgufHeader:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
     metadata |= {f"{architecture}.{key}": value for key, value in spec.header_entries(config).items()}
     names = name_map(GgufHeader(metadata, {}))
+    tensors = [each for file in weight_files(folder) for each in _tensors(file) if not each[0].startswith(_NOT_TEXT)]
+    _check_quantized(folder, {name: dtype for name, dtype, _ in tensors})
     shapes: dict[str, tuple[int, ...]] = {}
-    unscaled, scaled = set[str](), set[str]()
-    for file in weight_files(folder):
-        for name, dtype, shape in _tensors(file):
-            if name.startswith(_NOT_TEXT):
-                continue
-            if dtype.startswith("F8_"):
-                unscaled.add(name)
-            elif name.endswith(_SCALES):
-                scaled.add(name.rpartition("_scale")[0])
-            if name.endswith(_PACKED):
-                message = f"{folder} has packed weights of a quantization ({name}), which are not supported"
-                raise IncompatibleError(message, "use the same model without this quantization, or its .gguf file")
-            parameter = name.replace(_OF_MULTIMODAL, "model.", 1)
-            tensor = tensor_name(parameter, names)
-            parts = [tensor] if tensor else _parts(parameter, spec) or [parameter]
-            for part in parts:
-                # Of a convolution with one input per channel, the converter drops the dimension of the inputs.
-                sizes = [shape[0], shape[2]] if len(shape) == 3 and shape[1] == 1 else shape
-                shapes[part] = tuple(reversed([*(rows // len(parts) for rows in sizes[:1]), *sizes[1:]]))
-    if unscaled - scaled:
-        message = f"{folder} has {first_of(sorted(unscaled - scaled), 1)} in 8 bits without a scale"
-        raise VerificationError(message, "download the model again")
+    for name, _, shape in tensors:
+        parameter = name.replace(_OF_MULTIMODAL, "model.", 1)
+        tensor = tensor_name(parameter, names)
+        parts = [tensor] if tensor else _parts(parameter, spec) or [parameter]
+        for part in parts:
+            # Of a convolution with one input per channel, the converter drops the dimension of the inputs.
+            sizes = [shape[0], shape[2]] if len(shape) == 3 and shape[1] == 1 else shape
+            shapes[part] = tuple(reversed([*(rows // len(parts) for rows in sizes[:1]), *sizes[1:]]))
     # A damaged file may have a matrix of fewer dimensions.
     start = HEADER_BYTES_PER_TOKEN * sum(shapes.get("token_embd.weight", ())[1:2])
     return GgufHeader(
         metadata, {name: TensorInfo(name, shape, _F16, start, 2 * math.prod(shape)) for name, shape in shapes.items()}
     )
+
+
+def _check_quantized(folder: Path, types: Mapping[str, str]) -> None:
+    """Check the types of the tensors by name: none may be packed, and weights in 8 bits need a scale."""
+    if packed := [name for name in types if name.endswith(_PACKED)]:
+        message = f"{folder} has packed weights of a quantization ({packed[0]}), which are not supported"
+        raise IncompatibleError(message, "use the same model without this quantization, or its .gguf file")
+    in_8_bits = (name for name, dtype in types.items() if dtype.startswith("F8_"))
+    if unscaled := [name for name in in_8_bits if not {name + end for end in _SCALES} & types.keys()]:
+        message = f"{folder} has {first_of(sorted(unscaled), 1)} in 8 bits without a scale"
+        raise VerificationError(message, "download the model again")
 
 
 def encoder_modules(weights: Path) -> tuple[SizedModule, ...]:

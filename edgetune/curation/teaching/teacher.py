@@ -17,7 +17,6 @@ from edgetune_runtime.inference.chat_client import (
     checked_key,
     choice_of,
     format_of,
-    message_of,
     post,
     reason_of,
     refused_key,
@@ -139,11 +138,11 @@ class Teacher:
         """The answer to a request; ValueError with what came in place of one, and the errors of `post`."""
         raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
         try:
-            reply = Reply(message_of(raw).get("content") or "", choice_of(raw).get("finish_reason") == "length")
+            choice = choice_of(raw)
         except ValueError as error:
             raise ValueError(shortened(without_key(raw.decode(errors="replace"), self.key), 80)) from error
         self._has_answered = True
-        return reply
+        return Reply(choice["message"].get("content") or "", choice.get("finish_reason") == "length")
 
 
 def _seconds(text: str | None, default: float) -> float:

@@ -71,15 +71,18 @@ class LoggedAnswer:
         if isinstance(value, dict | list) and not _is_finite(value):
             infinite = f"{shortened(text, 80)!r} has a number that is not finite, which JSON cannot have"
             raise UsageError(infinite, "give a finite number")
-        if self.tools is None and _has_calls(value) and not _has_calls(json_or_none(self.answer)):
-            without = f"{shortened(text, 80)!r} calls tools, and the prompt had none"
-            raise UsageError(without, "ask again with tools, or give a text")
-        if self.tools is None or not _has_calls(value):
-            if self.tools is not None and _is_plain_json(text) and not _is_plain_json(self.answer):
+        said: Message = {"role": "assistant", "content": text}
+        if self.tools is None:
+            if _has_calls(value) and not _has_calls(json_or_none(self.answer)):
+                without = f"{shortened(text, 80)!r} calls tools, and the prompt had none"
+                raise UsageError(without, "ask again with tools, or give a text")
+            return said
+        if not _has_calls(value):
+            if _is_plain_json(text) and not _is_plain_json(self.answer):
                 raise UsageError(f"{shortened(text, 80)!r} calls no tool", _CALLS)
-            if self.tools is not None and is_text_of_call(text):
+            if is_text_of_call(text):
                 raise UsageError(f"{shortened(text, 80)!r} is the text of a call", _CALLS)
-            return {"role": "assistant", "content": text}
+            return said
         message = {"role": "assistant", "content": value.get("content"), "tool_calls": value["tool_calls"]}
         try:
             (turn,) = messages_for([message], None)

@@ -133,21 +133,15 @@ def without(body: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in named if key is not None}
 
 
-def message_of(reply: bytes) -> dict[str, Any]:
-    """The message of a chat completion; ValueError for other bytes."""
+def choice_of(reply: bytes) -> dict[str, Any]:
+    """The first choice of a chat completion, with its `message`; ValueError for other bytes."""
     try:
-        message = json.loads(reply)["choices"][0]["message"]
-        if not isinstance(message.get("content") or "", str):
+        choice = json.loads(reply)["choices"][0]
+        if not isinstance(choice["message"].get("content") or "", str):
             raise TypeError("its content is not text")
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no chat completion: {error}") from error
-    return dict(message)
-
-
-def choice_of(reply: bytes) -> Mapping[str, Any]:
-    """The first choice of a chat completion, which `message_of` can read; its `finish_reason` may be `length`."""
-    choice: Mapping[str, Any] = json.loads(reply)["choices"][0]
-    return choice
+    return dict(choice)
 
 
 def without_thought(text: str) -> str:

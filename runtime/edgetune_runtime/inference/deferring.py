@@ -23,7 +23,6 @@ from .chat_client import (
     checked_key,
     choice_of,
     format_of,
-    message_of,
     post,
     reason_of,
     refused_key,
@@ -176,13 +175,13 @@ def _reply(to: DeferTo, body: Mapping[str, Any], end_s: float) -> bytes:
 
 def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
     try:
-        message = message_of(reply)
+        choice = choice_of(reply)
+        message = choice["message"]
         calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
         # A lone surrogate cannot be encoded.
         json.dumps([message, [call.arguments for call in calls]], ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _error(to, f"sent no chat completion: {error}") from error
-    choice = choice_of(reply)
     if (reason := choice.get("finish_reason")) in ("length", "content_filter"):
         raise _error(to, f"did not finish its answer: {reason}")
     if choice.get("is_unsure") is True:

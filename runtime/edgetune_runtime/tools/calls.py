@@ -17,6 +17,7 @@ from .formats import CallFormat, Placeholder
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
 _BEGINNING = re.compile(r"\s*(<\|?tool_calls?\b|\[TOOL_CALLS\]|<start_function_call>|<function=)", re.IGNORECASE)
+"""How calls of usual formats begin."""
 
 
 def random_id() -> str:
