@@ -84,11 +84,9 @@ def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Re
         with Runtime.open(out, engine=engine, disk_mb=0) as runtime:
             details = score(runtime, task, rows, Progress()).details
             share = cost_share(runtime, task, rows[0].messages or ())
-        # With few rows, the folds have them.
-        fitted = {} if strength == "few" else {"fit_rows": options.fit_rows}
-        lines.append(
-            {"task": task, "training": strength, "engine": engine, **fitted, **figures(details), "cost": share}
-        )
+        line = {"task": task, "training": strength, "engine": engine, **figures(details), "cost": share}
+        # With few rows, the curve is fitted on answers to the folds of these.
+        lines.append(line if strength == "few" else {**line, "fit_rows": options.fit_rows})
     return lines
 
 

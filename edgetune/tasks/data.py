@@ -130,7 +130,7 @@ class TaskRow:
         return replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}{EARLIER_ANSWER}{place + 1}")
 
 
-def row_of(where: str) -> str:
+def place_of_row(where: str) -> str:
     """Where the row is of which an answer is at `where`."""
     return where.partition(EARLIER_ANSWER)[0]
 

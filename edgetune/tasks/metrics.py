@@ -15,7 +15,7 @@ from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.recipe.parts import Metric
 
-from .data import TaskRow, row_of
+from .data import TaskRow, place_of_row
 
 LONG_ANSWER_WORDS = 3
 _UNSPACED = "".join(
@@ -108,7 +108,7 @@ def per_conversation(points: Iterable[tuple[str, float]]) -> list[float]:
     """The mean of the points of each conversation, as its answers are not independent; each with where its row is."""
     conversations: dict[str, list[float]] = {}
     for where, value in points:
-        conversations.setdefault(row_of(where), []).append(value)
+        conversations.setdefault(place_of_row(where), []).append(value)
     return [*map(statistics.fmean, conversations.values())]
 
 

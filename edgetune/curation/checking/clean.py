@@ -10,7 +10,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.recipe.data import DataSpec
-from edgetune.tasks.data import EARLIER_ANSWER, WEIGHT, row_of
+from edgetune.tasks.data import EARLIER_ANSWER, WEIGHT, place_of_row
 from edgetune.tasks.row_files import entries
 
 from .findings import CONFLICT, MISFIT, REPEAT, SHARED, UNUSABLE, WRONG, TaskCheck
@@ -33,7 +33,7 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
         left_out = {where: kind for where, kind in left_out.items() if kind != WRONG}
         for row in check.estimate.rows:
             if row.weight < 1:
-                where = row_of(row.where)
+                where = place_of_row(row.where)
                 weights[where] = min(row.weight, weights.get(where, 1.0))
     column = WEIGHT if data.columns is None else data.columns.weight
     counted: Counter[str] = Counter()
@@ -59,7 +59,7 @@ def _left_out(check: TaskCheck) -> dict[str, str]:
     places: dict[str, str] = {}
     for finding in check.findings:
         if finding.kind in (UNUSABLE, WRONG):
-            places |= dict.fromkeys(map(row_of, finding.where), finding.kind)
+            places |= dict.fromkeys(map(place_of_row, finding.where), finding.kind)
         elif finding.kind == SHARED:
             # An earlier turn such as "hello" makes no conversation useless.
             places |= {where: SHARED for where in finding.where if EARLIER_ANSWER not in where}
