@@ -29,6 +29,22 @@ def lights(count: int = 10, completions: Sequence[object] = ("reply on",)) -> li
 LIGHTS = lights()
 
 
+def thermometers(count: int, rooms: int, first: int = 0) -> list[dict[str, Any]]:
+    """Conversations with a call, whose result is that of no other; the rooms take turns, and are written in two ways"""
+    tool = {"name": "heat", "parameters": {"type": "object", "properties": {"room": {"type": "string"}}}}
+    rows = []
+    for number in range(first, first + count):
+        room = f"room {number % rooms}"
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": f"{('how', 'How')[number // rooms % 2]} warm is {room}?"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "heat", "arguments": {"room": room}}}]},
+            {"role": "tool", "content": f"{number} degrees"},
+            {"role": "assistant", "content": f"It has {number} degrees."},
+        ]
+        rows.append({"tools": [tool], "messages": turns})
+    return rows
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write rows as JSON Lines, or as a table with a header if the file is a .csv; returns the file."""
     rows = list(rows)

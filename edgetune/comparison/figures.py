@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from edgetune.common.files import write_file
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG
 from edgetune.training.job import TrainResult
 
 LOWER_IS_BETTER = ("perplexity",)
@@ -108,16 +109,16 @@ def goodness(metric: str, score: float) -> float:
 
 
 def standard_error(metric: str, score: float, points: Sequence[float]) -> float:
-    """Standard error of a mean score of rows or conversations with these points; binomial if all are 0 or 1.
+    """Standard error of a mean score of rows or conversations with these points.
 
-    The share of a binomial one is that with two right and two wrong answers more, as it would be 0 for a perfect score
-    (Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial proportions").
-    For perplexity, the points are each row's nats per token, and the error is that of their mean times the perplexity.
+    Where each answer is right or wrong, or all points are 0 or 1, it is that with two right and two wrong answers more,
+    as it would be 0 for a perfect score (Agresti and Coull 1998, "Approximate is better than 'exact' for interval
+    estimation of binomial proportions"), and for conversations with the same mean. For perplexity, the points are each
+    row's nats per token, and the error is that of their mean times the perplexity.
     One point alone shows no deviation; with one of 1 it tells no trials apart.
     """
     n, is_lower_better = len(points), metric in LOWER_IS_BETTER
-    if not is_lower_better and set(points) <= {0.0, 1.0}:
-        mean = (sum(points) + 2) / (n + 4)
-        return math.sqrt(mean * (1 - mean) / n)
+    if metric in EITHER_RIGHT_OR_WRONG or (not is_lower_better and set(points) <= {0.0, 1.0}):
+        return statistics.pstdev([*points, 0.0, 0.0, 1.0, 1.0]) / math.sqrt(n)
     error = (statistics.stdev(points) if n > 1 else 1.0) / math.sqrt(n)
     return score * error if is_lower_better else error

@@ -71,7 +71,7 @@ class BundleMeasurement:
     def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> EngineFigures:
         """All figures of the adapter on an engine: the given scores, and speeds measured here."""
         self.progress.say(f"timing {target}")
-        points = per_conversation((row.where, row.score) for row in scored.details)
+        points = per_conversation((row.conversation, row.score) for row in scored.details)
         timed = bench.measure(
             partial(Runtime.open, self.bundle, engine=target, disk_mb=0, preflight=False), lambda _: None
         )

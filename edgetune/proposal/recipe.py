@@ -17,6 +17,7 @@ from edgetune.common.command_line import command_line
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.metrics import metric_for
 from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import longest_tokens
 
@@ -100,7 +101,7 @@ def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
     if files.validation is not None:
         choices.append(Choice("data.validation", _as_written(files.validation, folder)))
     else:
-        split(rows, 0.5, 0)  # raises an error if all rows have the same prompt
+        split(rows, 0.5, 0, metric_for("auto", rows, None))  # raises an error if all rows have the same prompt
     if form.columns is not None:
         choices.append(Choice("data.columns", form.columns, form.reason))
     choices += settings_of(files.name, sample, form, rows, held_out=files.validation is None)

@@ -148,7 +148,8 @@ class DataSpec(RecipePart):
     A row has one of four forms: `messages`, ending with an assistant message; `prompt` and `completion`; `text` and
     `label`; or only `text`, all of which is learned. A completion that is an object or a list is learned as JSON.
     Messages may have `tool_calls` and results of the role `tool`; the row's `tools` define the tools. A `weight` from 0
-    to 1 in a row multiplies its loss in training; an assistant's message with weight 0 is not learned.
+    to 1 in a row multiplies its loss in training; a row of weight 0 is left out, and an assistant's message with weight
+    0 is not learned.
     A hub id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the default split is `train`.
     """
 

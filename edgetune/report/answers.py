@@ -103,9 +103,10 @@ def _score(evaluation: Evaluation, source: str) -> Score:
 
 
 def _shown(rows: Sequence[ScoredRow]) -> list[Answer]:
-    """The first answers to different prompts."""
-    first: dict[str, ScoredRow] = {}
+    """The first answers to different prompts, or that should have been others."""
+    first: dict[tuple[str, str], ScoredRow] = {}
     for row in rows:
-        first.setdefault(row.prompt, row)
+        # After tools, prompts end with results, which are often the same.
+        first.setdefault((row.prompt, row.reference), row)
     shown = [*first.values()][:SHOWN_ANSWERS]
     return [Answer(shortened(row.prompt), shortened(row.answer), shortened(row.reference)) for row in shown]

@@ -14,7 +14,6 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, Manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.confidence import MAX_LOG_ODDS, confidence
-from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
@@ -70,8 +69,7 @@ def _rows_of(
     """The rows that each adapter answers; none for those that have too few, with their folds."""
     judged = defaultdict[str, dict[str, list[TaskRow]]](dict)
     for adapter in adapters:
-        metric = manifest.adapter(adapter.name).metric
-        judged[adapter.whole][adapter.name] = [row for row in adapter.confidence_rows if _is_judged(row, metric)]
+        judged[adapter.whole][adapter.name] = list(adapter.confidence_rows)
     rows = dict[str, Sequence[TaskRow]]()
     for name, parts in judged.items():
         count = sum(map(len, parts.values()))
@@ -96,12 +94,6 @@ def _chosen(rows: Sequence[TaskRow], most: int) -> list[TaskRow]:
     limit = max(most // 3, most - len(own))
     made = [*spread(made, limit)] if limit else []
     return [*spread(own, most - len(made)), *made]
-
-
-def _is_judged(row: TaskRow, metric: str | None) -> bool:
-    """Whether the answer to a row may be wrong: with "json" any text is right after the result of a tool."""
-    is_result = row.messages is not None and row.messages[-1]["role"] == "tool"
-    return metric != "json" or not is_result or json_or_none(row.completion or "") is not None
 
 
 def _rated(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progress) -> list[RatedAnswer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -132,7 +133,7 @@ class TaskRow:
 
 def place_of_row(where: str) -> str:
     """Where the row is of which an answer is at `where`."""
-    return where.partition(EARLIER_ANSWER)[0]
+    return re.sub(rf"{EARLIER_ANSWER}[0-9]+$", "", where)
 
 
 def read_rows(
@@ -140,10 +141,20 @@ def read_rows(
 ) -> list[TaskRow]:
     """Read rows from memory, a JSONL, CSV or TSV file, or a hub id; each row's form is detected from its keys.
 
-    Raises NotFoundError if there is no such file or data set, UsageError if it is empty, of an unknown type or has bad
-    rows. The error lists up to 20 bad rows with their line and reason.
+    Rows of weight 0 are left out. Raises NotFoundError if there is no such file or data set, UsageError if it is empty,
+    of an unknown type, has bad rows, or only those of weight 0. The error lists up to 20 bad rows with their line and
+    reason.
     """
-    return rows_of(source, entries(source), columns, labels=labels)
+    return with_weight(rows_of(source, entries(source), columns, labels=labels))
+
+
+def with_weight(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows of a weight above 0; UsageError if there are only others."""
+    kept = [row for row in rows if row.weight]
+    if rows and not kept:
+        message = f"all {len(rows)} rows, such as {rows[0].where}, have weight 0, so nothing is learned or measured"
+        raise UsageError(message, "give some of them a weight above 0")
+    return kept
 
 
 def rows_of(

@@ -28,6 +28,7 @@ from edgetune.recipe.rows import Rows
 
 from . import metrics
 from .data import TaskRow, labelled_text, read_rows
+from .splitting import conversations
 from .tokenization import tokenize_rows
 
 Pair = tuple[TaskRow, Example | None]
@@ -40,7 +41,8 @@ class ScoredRow:
 
     With perplexity there is no answer, and `score` is the negative log likelihood in nats per token; `bits_per_byte`
     says the same without regard to the tokenizer, and is None for other metrics. `written` is the answer with its calls
-    as the model wrote them. `kind`, `log_odds` and `confidence` are those of `edgetune_runtime.Answer`.
+    as the model wrote them. `kind`, `log_odds` and `confidence` are those of `edgetune_runtime.Answer`. Answers of one
+    `conversation` are not independent.
     """
 
     where: str
@@ -53,6 +55,7 @@ class ScoredRow:
     confidence: float | None = None
     bits_per_byte: float | None = None
     written: str = ""
+    conversation: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def score(
     run = _perplexity if metric == "perplexity" else _answers
     with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
         points, details = run(task, fitting, step)
+    places = conversations([row for row, _ in fitting])
+    details = [replace(row, conversation=place) for row, place in zip(details, places, strict=True)]
     return Evaluation(points, metric, len(fitting), too_long, tuple(details))
 
 
@@ -198,7 +203,7 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
 
 def text_to_score(reply: Answer) -> str:
     """An answer as `answer_text` writes it; a call that was cut off is one too, so that it never counts as none."""
-    if reply.is_cut_off and not reply.tool_calls and reply.text.strip() != reply.content.strip():
+    if reply.is_cut_off and reply.text.strip() != reply.content.strip():
         return json.dumps({"tool_calls": [reply.text]}, ensure_ascii=False)
     return answer_text(reply.content, [(call.name, call.arguments) for call in reply.tool_calls])
 

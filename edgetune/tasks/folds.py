@@ -15,7 +15,7 @@ from edgetune.recipe.model import Recipe
 from .confidence import MIN_ROWS
 from .data import TaskRow
 from .negatives import given, is_made, letters_of
-from .plain_prompts import answered_prompts, plain_prompt
+from .plain_prompts import answered_prompts
 from .splitting import folds_of
 from .task import Task, with_copies
 
@@ -33,7 +33,7 @@ def fold_tasks(task: Task, recipe: Recipe) -> list[Task]:
     if count is None:
         return []
     try:
-        folds = folds_of(given(task.train), count, task.training.seed)
+        folds = folds_of(given(task.train), count, task.training.seed, task.metric)
         tasks = [_without(fold, number, task, recipe) for number, fold in enumerate(folds, 1)]
         _check_enough([task, *tasks])
     except UsageError as error:
@@ -52,9 +52,7 @@ def _without(fold: Sequence[TaskRow], number: int, task: Task, recipe: Recipe) -
     asked = [*filter(is_made, task.validation)][number - 1 :: task.spec.confidence_folds]
     part = replace(part, name=f"{task.name}{SEPARATOR}{number}", train=[*own, *made], validation=[*fold, *asked])
     learned, rated = answered_prompts(part.trained_rows), {row.where for row in task.confidence_rows}
-    unseen = [row for row in fold if plain_prompt(row) not in learned]
-    unseen += [row for row in asked if row.where in rated]
-    return replace(part, confidence_rows=task.scored(unseen, part.train))
+    return replace(part, confidence_rows=task.unseen([*fold, *(row for row in asked if row.where in rated)], learned))
 
 
 def _check_enough(tasks: Sequence[Task]) -> None:

@@ -8,14 +8,15 @@ import re
 import statistics
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.recipe.parts import Metric
 
-from .data import TaskRow, place_of_row
+from .data import TaskRow
+from .plain_prompts import plain_prompt
 
 LONG_ANSWER_WORDS = 3
 _UNSPACED = "".join(
@@ -45,7 +46,7 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     completions = [row.completion for row in rows if row.completion is not None]
     if not completions:
         return "perplexity"
-    has_json = [compares("json", row) for row in rows]
+    has_json = [_is_json(row) for row in rows]
     are_json = all(is_json or row.tools is not None for is_json, row in zip(has_json, rows, strict=True))
     if are_json and sum(has_json) * 2 >= len(rows):
         return "json"
@@ -53,35 +54,54 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
 
 
-def answers_to_score(rows: Sequence[TaskRow], metric: Metric, trained: Sequence[TaskRow] = ()) -> list[TaskRow]:
-    """The rows, and before each one a row per earlier answer of its conversation that the metric compares.
+def compared_answers(row: TaskRow, metric: Metric) -> list[TaskRow]:
+    """The answers of a row that the metric compares, each as a row; maybe none with "json".
 
-    With "json" these are calls, objects and lists, and a text after them is left out; with "label" there are none, and
-    other metrics compare no calls with words. Of earlier answers to the same prompt the first counts, none of those
-    that are also in the `trained` rows.
+    These are calls, objects and lists, and where tools are offered other texts than those after a tool's result: there
+    any text is right, elsewhere an answer without a call. With "label" only the last answer is compared.
     """
     if metric == "label":
-        return list(rows)
+        return [row]
+    answers = row.answers
+    if metric != "json":
+        return answers
+    compared = [each for each in answers if _is_json(each) or (each.tools is not None and not _is_after_result(each))]
+    return compared or ([] if _is_after_result(row) else [row])
+
+
+def asked(row: TaskRow, metric: Metric) -> TaskRow:
+    """The last answer of a row that the metric compares, whose prompt a row for validation has to itself."""
+    return next(reversed(compared_answers(row, metric)), row)
+
+
+def answers_to_score(rows: Sequence[TaskRow], metric: Metric, learned: Collection[str] = ()) -> list[TaskRow]:
+    """The answers of the rows that the metric compares, each as a row.
+
+    Before the last of a conversation, the first answer to the same plain prompt counts, and none to `learned` ones.
+    """
+    compared = [answers for row in rows if (answers := compared_answers(row, metric))]
+    seen = {*learned, *(plain_prompt(answers[-1]) for answers in compared)}
     scored: list[TaskRow] = []
-    seen = {row.prompt_key for row in rows} | {answer.prompt_key for row in trained for answer in row.answers}
-    for row in rows:
-        earlier = [answer for answer in row.answers[:-1] if compares(metric, answer)]
+    for *earlier, last in compared:
         for answer in earlier:
-            if answer.prompt_key not in seen:
-                seen.add(answer.prompt_key)
+            if (prompt := plain_prompt(answer)) not in seen:
+                seen.add(prompt)
                 scored.append(answer)
-        if not earlier or metric != "json" or compares(metric, row):
-            scored.append(row)
+        scored.append(last)
     return scored
 
 
 def is_scorable(row: TaskRow, metric: Metric) -> bool:
-    """Whether the metric can compare an answer with that of the row: it has one, and with "json" it is JSON."""
+    """Whether the metric can compare an answer with that of the row: it has one, with "json" one that may be wrong."""
     if metric == "perplexity":
         return True
     if row.completion is None:
         return False
-    return metric != "json" or row.tools is not None or not isinstance(_parsed(row.completion), ValueError)
+    if metric != "json":
+        return True
+    if row.tools is not None:
+        return bool(compared_answers(row, metric))
+    return not isinstance(_parsed(row.completion), ValueError)
 
 
 def check_scorable(rows: Sequence[TaskRow], metric: Metric) -> None:
@@ -105,18 +125,11 @@ def check_answered(rows: Sequence[TaskRow], metric: str) -> None:
 
 
 def per_conversation(points: Iterable[tuple[str, float]]) -> list[float]:
-    """The mean of the points of each conversation, as its answers are not independent; each with where its row is."""
+    """The mean of the points of each conversation, as its answers are not independent; each with its conversation."""
     conversations: dict[str, list[float]] = {}
-    for where, value in points:
-        conversations.setdefault(place_of_row(where), []).append(value)
+    for conversation, value in points:
+        conversations.setdefault(conversation, []).append(value)
     return [*map(statistics.fmean, conversations.values())]
-
-
-def compares(metric: Metric, answer: TaskRow) -> bool:
-    """Whether an answer in a conversation is what the metric compares: with "json", an object, a list or calls."""
-    if metric == "json":
-        return isinstance(_parsed(answer.completion or ""), dict | list)
-    return metric in ("exact", "perplexity") or answer.turn is None
 
 
 def labels_in(rows: Sequence[TaskRow]) -> tuple[str, ...]:
@@ -161,7 +174,7 @@ def without_json(rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The rows that keep the others, at least nine of ten, from being scored as JSON."""
     odd, others = list[TaskRow](), list[TaskRow]()
     for row in rows:
-        is_json = row.tools is not None or compares("json", row)
+        is_json = row.tools is not None or _is_json(row)
         (others if is_json else odd).append(row)
     return odd if 0 < 10 * len(odd) <= len(rows) and metric_for("auto", others, None) == "json" else []
 
@@ -178,6 +191,16 @@ def form_doubt(rows: Sequence[TaskRow]) -> str | None:
     return None
 
 
+def _is_json(row: TaskRow) -> bool:
+    """Whether the answer is an object, a list or calls."""
+    return isinstance(_parsed(row.completion or ""), dict | list)
+
+
+def _is_after_result(row: TaskRow) -> bool:
+    """Whether the answer says what a tool's result means."""
+    return row.messages is not None and row.messages[-1]["role"] == "tool"
+
+
 def _are_labelled(rows: Sequence[TaskRow]) -> bool:
     return all(row.is_labelled for row in rows) and len(labels_in(rows)) < len(rows)
 
@@ -188,24 +211,27 @@ def score(
     """The mean score and the score of each row, between 0 and 1; compares `predictions[i]` with `references[i]`.
 
     "exact" and "label" ignore surrounding white space; "json" compares parsed values, so the order of keys does not
-    matter, and scores invalid JSON 0; both compare texts in Unicode's form NFC, and calls by their names and arguments.
-    With "json", a text is right where a text is expected and `offers_tools[i]`: nothing was to be called. "rouge_l" is
-    the F-measure of ROUGE-L (Lin 2004) from the rouge-score library, of words, and of characters in scripts without
-    spaces (Han, Kana and Thai); "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for other
-    metrics, without rows, and if the numbers of predictions and references differ.
+    matter, and scores invalid JSON 0; both compare texts in Unicode's form NFC. With "json", a text is right where a
+    text is expected and `offers_tools[i]`: nothing was to be called. "rouge_l" is the F-measure of ROUGE-L (Lin 2004)
+    from the rouge-score library, of words, and of characters in scripts without spaces (Han, Kana and Thai); "chrf" is
+    chrF (Popović 2015) of each row from sacrebleu. All compare calls by their names and arguments, and score a call in
+    place of a text 0. Raises UsageError for other metrics, without rows, and if the numbers of predictions and
+    references differ.
     """
     if len(predictions) != len(references) or not references:
         message = f"cannot score {len(predictions)} predictions against {len(references)} references"
         raise UsageError(message, "pass one prediction per reference, and at least one")
     compare = _comparison(metric)
-    rows = [
-        float(_calls(prediction) is None)
-        if metric == "json" and offers and isinstance(_parsed(reference), ValueError)
-        else compare(prediction, reference)
-        for prediction, reference, offers in zip(
-            predictions, references, offers_tools or [False] * len(references), strict=True
-        )
-    ]
+
+    def points(prediction: str, reference: str, offers: bool) -> float:
+        calls, expected = _calls(prediction), _calls(reference)
+        if calls is not None or expected is not None:
+            return float(_same(calls, expected))
+        if metric == "json" and offers and isinstance(_parsed(reference), ValueError):
+            return 1.0
+        return compare(prediction, reference)
+
+    rows = [*map(points, predictions, references, offers_tools or [False] * len(references))]
     return sum(rows) / len(rows), rows
 
 
@@ -222,15 +248,14 @@ def _comparison(metric: str) -> Callable[[str, str], float]:
 
 
 def _exact_match(prediction: str, reference: str) -> float:
-    calls = _calls(reference)
-    return float(_same(prediction.strip(), reference.strip()) if calls is None else _same(_calls(prediction), calls))
+    return float(_same(prediction.strip(), reference.strip()))
 
 
 def _json_equality(prediction: str, reference: str) -> float:
-    expected, calls = _parsed(reference), _calls(reference)
+    expected = _parsed(reference)
     if isinstance(expected, ValueError):
         raise UsageError(f"the reference {reference[:60]!r} is not JSON", "choose another metric, such as exact")
-    return float(_same(_parsed(prediction), expected) if calls is None else _same(_calls(prediction), calls))
+    return float(_same(_parsed(prediction), expected))
 
 
 def _calls(answer: str) -> object:

@@ -7,20 +7,23 @@ from collections.abc import Sequence
 
 from edgetune_runtime.errors import UsageError
 
-from .data import TaskRow
+from edgetune.recipe.parts import Metric
+
+from .data import TaskRow, place_of_row
+from .metrics import asked
 from .plain_prompts import plain_prompt, without_system
 
 
-def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
+def split(rows: Sequence[TaskRow], held_out: float, seed: int, metric: Metric) -> tuple[list[TaskRow], list[TaskRow]]:
     """Split into training and validation rows, each in the order of `rows`.
 
-    Rows with the same prompt but for case and punctuation stay together, as do rows that are beginnings of the same
-    conversation, and rows that differ in the system prompt alone, if there are no more of them than are held out. About
-    `held_out` of the rows, and at least one, are for validation; the same seed gives the same split. Raises UsageError
-    if all rows have to stay together.
+    Rows with the same prompt but for case and punctuation stay together, which is that of the last answer that the
+    metric compares. So do rows that are beginnings of the same conversation, and rows that differ in the system prompt
+    alone, if there are no more of them than are held out. About `held_out` of the rows, and at least one, are for
+    validation; the same seed gives the same split. Raises UsageError if all rows have to stay together.
     """
     most = min(max(1, round(held_out * len(rows))), len(rows) - 1)
-    groups = _grouped(rows, most)
+    groups = _grouped(rows, most, metric)
     if len(groups) < 2:
         alike = "with the same prompt" if len(set(map(plain_prompt, rows))) == 1 else "of one conversation"
         problem = f"{len(rows)} rows {alike}" if len(rows) > 1 else f"only {len(rows)} row"
@@ -38,13 +41,24 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
     return train, [rows[index] for index in sorted(chosen)]
 
 
-def folds_of(rows: Sequence[TaskRow], count: int, seed: int) -> list[list[TaskRow]]:
-    """The rows in `count` parts of about the same size. UsageError for too few.
+def halves(rows: Sequence[TaskRow], seed: int, metric: Metric) -> tuple[list[TaskRow], list[TaskRow]]:
+    """Two random halves of the rows, in their order, with as many rows of each answer in both as possible.
 
-    Rows with the same prompt are in one, and so are those that begin the same conversation, and a few that differ in
-    the system prompt alone.
+    Rows stay together as in `split`.
     """
-    groups = _grouped(rows, len(rows) // (2 * count))
+    groups = _grouped(rows, len(rows) // 2, metric)
+    random.Random(seed).shuffle(groups)
+    groups.sort(key=lambda group: rows[group[0]].completion or "")
+    parts: tuple[list[int], list[int]] = ([], [])
+    for group in groups:
+        min(parts, key=len).extend(group)
+    one, other = ([rows[place] for place in sorted(part)] for part in parts)
+    return one, other
+
+
+def folds_of(rows: Sequence[TaskRow], count: int, seed: int, metric: Metric) -> list[list[TaskRow]]:
+    """The rows in `count` parts of about the same size, which stay together as in `split`. UsageError for too few."""
+    groups = _grouped(rows, len(rows) // (2 * count), metric)
     if len(groups) < 2 * count:
         message = f"{len(groups)} different prompts are too few for {count} parts"
         raise UsageError(message, f"give at least {2 * count}, better a few hundred")
@@ -55,12 +69,26 @@ def folds_of(rows: Sequence[TaskRow], count: int, seed: int) -> list[list[TaskRo
     return folds
 
 
-def _grouped(rows: Sequence[TaskRow], most: int) -> list[list[int]]:
+def conversations(rows: Sequence[TaskRow]) -> list[str]:
+    """For each row, or answer of one, where the row is that has the beginning of its conversation, maybe itself."""
+    places, wholes, begun = [place_of_row(row.where) for row in rows], dict[str, str](), dict[str, str]()
+    for row, place in zip(rows, places, strict=True):
+        if row.where == place:
+            wholes.setdefault(plain_prompt(row), place)
+    for row, place in zip(rows, places, strict=True):
+        earlier = (wholes.get(plain_prompt(beginning)) for beginning in row.beginnings[:-1])
+        if (first := next(filter(None, earlier), None)) is not None:
+            begun.setdefault(place, first)
+    return [begun.get(place, place) for place in places]
+
+
+def _grouped(rows: Sequence[TaskRow], most: int, metric: Metric) -> list[list[int]]:
     """The positions of the rows, together where the plain prompt is the same or they begin the same conversation.
 
     System prompts, which may differ in the date alone, count only among more than `most` rows that are otherwise the
     same: there they may be what the prompt is about.
     """
+    rows = [asked(row, metric) for row in rows]
     groups = _alike([*map(without_system, rows)], range(len(rows)))
     return [part for group in groups for part in ([group] if len(group) <= most else _alike(rows, group))]
 

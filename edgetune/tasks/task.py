@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from .data import TaskRow, read_rows
 from .metrics import (
     EITHER_RIGHT_OR_WRONG,
     answers_to_score,
+    asked,
     check_answered,
     form_doubt,
     is_scorable,
@@ -35,7 +36,7 @@ from .metrics import (
 from .negatives import foreign_texts, given, is_made, negative_rows
 from .plain_prompts import answered_prompts, plain_prompt
 from .row_files import read_text
-from .splitting import split
+from .splitting import halves, split
 from .tokenization import tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
@@ -77,11 +78,15 @@ class Task:
     @property
     def validation_answers(self) -> list[TaskRow]:
         """The validation rows that people wrote, with the earlier answers of conversations that were not trained on."""
-        return self.scored(given(self.validation), self.train)
+        return self.scored(given(self.validation), answered_prompts(self.trained_rows))
 
-    def scored(self, rows: Sequence[TaskRow], trained: Sequence[TaskRow]) -> list[TaskRow]:
-        """Those of the rows that the metric can score, with earlier answers of conversations that are not `trained`."""
-        return answers_to_score([row for row in rows if is_scorable(row, self.metric)], self.metric, trained)
+    def scored(self, rows: Sequence[TaskRow], learned: Collection[str]) -> list[TaskRow]:
+        """The answers of the rows that the metric can score, without earlier ones to plain prompts that are learned."""
+        return answers_to_score([row for row in rows if is_scorable(row, self.metric)], self.metric, learned)
+
+    def unseen(self, rows: Sequence[TaskRow], learned: Collection[str]) -> list[TaskRow]:
+        """The answers of the rows that the metric can score, to plain prompts that are not learned."""
+        return [answer for answer in self.scored(rows, learned) if plain_prompt(answer) not in learned]
 
     @property
     def sample_prompt(self) -> str:
@@ -127,7 +132,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
         train = [replace(row, completion=(row.completion or "").strip()) for row in train]
         labels = labels or with_scope(spec, labels_in(train))
     if spec.data.validation is None:
-        train, validation = split(train, spec.data.held_out, training.seed)
+        train, validation = split(train, spec.data.held_out, training.seed, metric)
     else:
         validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
     train = _first(train, spec.data.rows, training.seed)
@@ -135,17 +140,13 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
     if spec.metric != "auto":
         check_answered([*validation, *sure], metric)
-    doubts += (*label_doubts(labels), *_unscored(validation, metric), *_unused_system(spec.system, train))
+    unscored = (*_unscored(validation, metric, "validation"), *_unscored(sure, metric, "confidence"))
+    doubts += (*label_doubts(labels), *unscored, *_unused_system(spec.system, train))
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
     task = with_copies(task, recipe)
     if spec.out_of_scope is not None:
         task = _with_negatives(task, recipe)
-    task = _with_confidence(task)
-    for rows in (task.trained_rows, task.choosing):
-        if rows and not any(row.weight for row in rows):
-            message = f"all {len(rows)} rows, such as {rows[0].where}, have weight 0, so nothing is learned or measured"
-            raise UsageError(message, "give some of them a weight above 0")
-    return task
+    return _with_confidence(task)
 
 
 def _doubts(spec: AdapterSpec, rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:
@@ -198,12 +199,12 @@ def _check_negatives(negatives: NegativesSpec, labels: Sequence[str], foreign: S
         raise UsageError(message, "use out_of_scope instead, which adds a label, or give rows of this one")
 
 
-def _unscored(rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:
-    """What is odd about the validation rows."""
+def _unscored(rows: Sequence[TaskRow], metric: Metric, purpose: str) -> tuple[str, ...]:
+    """What is odd about the rows for validation or the confidence."""
     odd = [row.where for row in rows if not is_scorable(row, metric)]
     if not odd:
         return ()
-    return (f"{len(odd)} of {len(rows)} validation rows, such as {odd[0]}, cannot be scored by {metric}",)
+    return (f"{len(odd)} of {len(rows)} {purpose} rows, such as {odd[0]}, cannot be scored by {metric}",)
 
 
 def _unused_system(system: str | None, rows: Sequence[TaskRow]) -> tuple[str, ...]:
@@ -267,10 +268,10 @@ def _with_confidence(task: Task) -> Task:
     elif spec.data.confidence is not None:
         rows = task.confidence_rows
     elif len(choosing) >= _APART_FROM and not task.training.ignores_validation:
-        choosing, rows = _halves(choosing, task.training.seed)
+        choosing, rows = halves(choosing, task.training.seed, task.metric)
         rows += filter(is_made, task.validation)
     learned, shown = answered_prompts(task.trained_rows), given(rows if has_confidence else task.validation)
-    both = [row.where for row in shown if plain_prompt(row) in learned]
+    both = [row.where for row in shown if plain_prompt(asked(row, task.metric)) in learned]
     if both and has_confidence and spec.data.confidence is not None:
         message = f"adapter {task.name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
         raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
@@ -278,19 +279,10 @@ def _with_confidence(task: Task) -> Task:
     if both:
         share = f"{len(both)} of {len(shown)} validation rows have the prompt of a training row, such as {both[0]}"
         doubts += (share + ", and give no confidence" * has_confidence,)
-    rows = task.scored([row for row in rows if plain_prompt(row) not in learned], task.train)
+    rows = task.unseen(rows, learned)
     if spec.min_confidence is not None and spec.confidence_folds is None:
         _check_enough(task.name, task.in_scope(rows))
     return replace(task, choosing=choosing, confidence_rows=rows, doubts=doubts)
-
-
-def _halves(rows: Sequence[TaskRow], seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
-    """Two random halves of the rows, in their order, with as many rows of each answer in both as possible."""
-    places = list(range(len(rows)))
-    random.Random(seed).shuffle(places)
-    places.sort(key=lambda place: rows[place].completion or "")
-    one, other = ([rows[place] for place in sorted(half)] for half in (places[::2], places[1::2]))
-    return one, other
 
 
 def _check_enough(name: str, rows: Sequence[TaskRow]) -> None:

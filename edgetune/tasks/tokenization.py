@@ -60,16 +60,12 @@ def longest_tokens(rows: Sequence[TaskRow], system: str | None, file: Path | Non
 
 
 def fitting(rows: Sequence[TaskRow], examples: Iterable[E], max_tokens: int) -> tuple[list[E], tuple[str, ...]]:
-    """The examples of the rows that fit in `max_tokens`, and where the other rows are; UsageError if none fits.
-
-    Rows of weight 0 count only if there are no others, as nothing is learned or measured on them.
-    """
+    """The examples of the rows that fit in `max_tokens`, and where the other rows are; UsageError if none fits."""
     pairs = list(zip(rows, examples, strict=True))
     kept = [example for _, example in pairs if row_length(example) <= max_tokens]
-    counted = [example for _, example in pairs if example.weight] or [example for _, example in pairs]
-    if counted and (shortest := min(map(row_length, counted))) > max_tokens:
-        which = "" if len(counted) == len(pairs) else " of a weight above 0"
-        message = f"all {len(counted)} rows{which} are longer than {max_tokens} tokens; the shortest has {shortest}"
+    if pairs and not kept:
+        shortest = min(row_length(example) for _, example in pairs)
+        message = f"all {len(pairs)} rows are longer than {max_tokens} tokens; the shortest has {shortest}"
         raise UsageError(message, "raise context_length or shorten the rows")
     return kept, tuple(row.where for row, example in pairs if row_length(example) > max_tokens)
 

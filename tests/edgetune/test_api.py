@@ -63,6 +63,7 @@ FIELDS = {
         "confidence",
         "bits_per_byte",
         "written",
+        "conversation",
     ],
 }
 PROBE = """

@@ -72,7 +72,7 @@ def _of_rows(rows: Sequence[TaskRow]) -> OutputSpec | None:
 
 
 def _check_rows(task: Task, spec: OutputSpec | None) -> None:
-    rows, copies = _answered((*task.train, *task.validation)), _answered([copy.row for copy in task.copies])
+    rows, copies = _all_answers((*task.train, *task.validation)), _all_answers([copy.row for copy in task.copies])
     calling = next((row for row in rows if row.tools is not None), None)
     if calling is not None:
         message = f"adapters.{task.name}.output: {calling.where} has tools, whose schemas constrain the answers"
@@ -103,8 +103,4 @@ def _examples(rows: Sequence[TaskRow]) -> str:
 
 def _all_answers(rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The answers of these rows, those before the last turn too, since they are learned as well."""
-    return [each for row in _answered(rows) for each in row.answers]
-
-
-def _answered(rows: Sequence[TaskRow]) -> list[TaskRow]:
-    return [row for row in rows if row.completion is not None]
+    return [each for row in rows if row.completion is not None for each in row.answers]

@@ -19,7 +19,7 @@ from edgetune.recipe.data import Columns, DataSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.rows import Rows
-from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.data import TaskRow, rows_of, with_weight
 from edgetune.tasks.estimate import estimated_tokens
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, without_json
 from edgetune.tasks.row_files import DELIMITERS, entries
@@ -105,7 +105,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         *_rows_as_headers(data, task.train),
         *answers.misfits(task, answered),
         *_too_long(rows, tokens, recipe.context_length),
-        *duplicates(rows, has_one_answer=has_one_answer),
+        *duplicates(rows, task.metric, has_one_answer=has_one_answer),
         *(conflicts_in_conversations(rows, answered) if has_one_answer else ()),
         *answers.rare(kinds, made=None if spec.out_of_scope is None else spec.out_of_scope.label),
     ]
@@ -174,7 +174,7 @@ class _LenientReader:
     def usable(
         self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
     ) -> list[TaskRow]:
-        """The rows that can be used, if there are any."""
+        """The rows that can be used, if there are any, without those of weight 0."""
         if self._spec is not None:
             labels = with_scope(self._spec, tuple(labels or ())) or None
         rows: list[TaskRow] = []
@@ -183,7 +183,7 @@ class _LenientReader:
                 rows += rows_of(source, [(where, values)], columns, labels=labels)
             except UsageError as error:
                 self.problems.append((where, error.message.removeprefix(f"{where}: ")))
-        return rows
+        return with_weight(rows)
 
     @contextmanager
     def naming_problems(self) -> Iterator[None]:

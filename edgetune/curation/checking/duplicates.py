@@ -13,7 +13,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.tasks.data import TaskRow
+from edgetune.recipe.parts import Metric
+from edgetune.tasks.data import EARLIER_ANSWER, TaskRow
+from edgetune.tasks.metrics import asked
 from edgetune.tasks.plain_prompts import plain, plain_prompt, without_system
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TRAIN, VALIDATION, Finding, SplitRow
@@ -31,7 +33,7 @@ _MOST_CHARACTERS = 2000
 """Only this many characters of a longer prompt are compared."""
 
 
-def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
+def duplicates(rows: Sequence[SplitRow], metric: Metric, *, has_one_answer: bool) -> Iterator[Finding]:
     """The problems with prompts of these rows; `has_one_answer`: a prompt has only one right answer."""
     groups = _grouped(rows, prompt_key)
     earlier = _grouped(
@@ -39,6 +41,12 @@ def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Fi
     )
     for key, same in groups.items():
         yield from _of_one_prompt(same, earlier.get(key, ()), has_one_answer=has_one_answer)
+    # What is scored of a conversation may be before its last answer.
+    scored = (SplitRow(item.split, asked(item.row, metric)) for item in rows if item.split != TRAIN)
+    for key, same in _grouped((item for item in scored if EARLIER_ANSWER in item.row.where), prompt_key).items():
+        others = [*earlier.get(key, ()), *groups.get(key, ())]
+        if len({item.split for item in (*others, *same)}) > 1:
+            yield Finding.of(SHARED, [*others, *same])
     firsts = [group[0] for group in groups.values()]
     # With one right answer, another value in the prompt makes another answer, so only those with the same are alike.
     # What comes before the last turn is often the same in all rows, or longer than the turn.

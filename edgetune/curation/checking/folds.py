@@ -37,7 +37,7 @@ from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import compares
+from edgetune.tasks.metrics import compared_answers
 from edgetune.tasks.splitting import folds_of
 from edgetune.tasks.task import Task
 from edgetune.tasks.tokenization import tokenize_rows
@@ -82,10 +82,11 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         return builder.jobs(planned, [part], base, Progress(quiet=True))[0]
 
     rows = [*task.train, *task.validation]
-    weighted = [row for row in rows if row.weight]
-    whole = job_of(rows, weighted[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
+    whole = job_of(rows, rows[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
     try:
-        folds = folds_of([row for row in rows if row.where not in whole.too_long], FOLDS, task.training.seed)
+        short = [row for row in rows if row.where not in whole.too_long]
+        # Calls are judged whatever the metric, so their prompts are those of one fold.
+        folds = folds_of(short, FOLDS, task.training.seed, "json" if any(row.tools for row in rows) else task.metric)
     except UsageError as error:
         message = f"{error.message} to tell which answers are wrong"
         raise UsageError(message, f"leave out {_OPTION}, or {error.remedy}") from error
@@ -104,9 +105,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         train(jobs, progress=progress)
         # Where the trainings took longer than planned, the rows are judged all the same.
         deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
-        # Calls are judged also where the texts after their results are scored.
-        metric = "json" if any(row.tools for row in rows) else task.metric
-        asked = [_answers(fold, metric) for fold in folds]
+        asked = [_answers(fold, task.metric) for fold in folds]
         judged = list(_judged(asked, task.spec.system, jobs, base, folder, deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
     unjudged = sum(len(same) for answers in asked for same in answers) - len(ranked)
@@ -140,10 +139,13 @@ def _pass_tokens(job: TrainingJob[Any]) -> tuple[float, float]:
 
 
 def _answers(rows: Sequence[TaskRow], metric: Metric) -> list[list[TaskRow]]:
-    """The answers of rows that the metric compares, or the last one, each with those that are the same."""
+    """The answers of rows that the metric compares, or the last one, each with those that are the same.
+
+    Where tools are offered, no texts are judged that say what a result means, whatever the metric.
+    """
     same: dict[tuple[str, str | None], list[TaskRow]] = {}
     for row in rows:
-        for answer in [answer for answer in row.answers if compares(metric, answer)] or [row]:
+        for answer in compared_answers(row, "json" if row.tools else metric) or [row]:
             same.setdefault((answer.prompt_key, answer.completion), []).append(answer)
     return [*same.values()]
 

@@ -147,7 +147,8 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
     if not pairs:
         message = "no row fits in the context of both bundles"
         raise UsageError(message, "use shorter rows, or a larger context_length")
-    olds, news = (per_conversation((row.where, _point(row)) for row in side) for side in zip(*pairs, strict=True))
+    sides = zip(*pairs, strict=True)
+    olds, news = (per_conversation((row.conversation, _point(row)) for row in side) for side in sides)
     differences = [new - old for old, new in zip(olds, news, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     answers = [

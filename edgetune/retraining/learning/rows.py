@@ -101,7 +101,8 @@ def learned_rows(
     kept = [row for row in kept if row.prompt_key not in corrected]
     # What other rows and conversations have, also in another case, is learned with them.
     known = answered_prompts(kept, prompt_of)
-    held = {*[text for text in dict.fromkeys(plain.values()) if text not in known][::_HELD_OUT_PARTS]}
+    comparable = {plain[prompt] for prompt, row in corrected.items() if metrics.is_scorable(row, task.metric)}
+    held = {*[text for text in dict.fromkeys(plain.values()) if text in comparable - known][::_HELD_OUT_PARTS]}
     held_out = [row for prompt, row in corrected.items() if plain[prompt] in held]
     learned = [row for prompt, row in corrected.items() if plain[prompt] not in held]
     made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]
@@ -116,7 +117,7 @@ def compared_rows(task: Task, rows: LearnedRows, again: Recipe) -> list[TaskRow]
     """
     trained = {row.prompt_key for row in read_task(task.name, again).train} if rows.made else set()
     made = [row for row in rows.made if row.prompt_key not in trained]
-    return task.scored([*rows.validation, *made], rows.train)
+    return task.scored([*rows.validation, *made], answered_prompts(rows.train))
 
 
 def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
@@ -132,6 +133,9 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     yield from (f"corrected in several ways, of which the last counts: {text!r}" for text in rows.contradicted)
     old = [row for row in rows.train if not row.where.startswith(LOG)]
     new = [row for row in (*rows.train, *rows.held_out) if row.where.startswith(LOG)]
+    if unscored := [row.where for row in new if not metrics.is_scorable(row, task.metric)]:
+        reason = f"any text is right after a tool's result with metric {task.metric}"
+        yield f"{len(unscored)} corrections, such as {unscored[0]}, are learned, but not compared: {reason}"
     yield from _lone_choices(task, old, new)
     # As training rows, corrections would loosen the form that they are compared with.
     known = [SplitRow(TRAIN, row) for row in old] + [SplitRow(VALIDATION, row) for row in (*rows.validation, *new)]

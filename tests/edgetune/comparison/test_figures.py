@@ -221,6 +221,8 @@ def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine(tmp_path: 
 def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> None:
     assert standard_error("exact", 0.75, [1.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(5 / 8 * 3 / 8 / 4))
     assert standard_error("exact", 1.0, [1.0]) == pytest.approx(math.sqrt(3 / 5 * 2 / 5))
+    # Conversations whose first call is right and whose second one is wrong.
+    assert standard_error("json", 0.5, [0.5] * 40) > 1 / 80
     points = [0.2, 0.4, 0.9]
     assert standard_error("rouge_l", 0.5, points) == pytest.approx(np.std(points, ddof=1) / math.sqrt(3))
     assert standard_error("perplexity", 8.0, points) == pytest.approx(8 * np.std(points, ddof=1) / math.sqrt(3))

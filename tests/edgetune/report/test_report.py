@@ -231,7 +231,7 @@ def test_the_rows_are_those_that_the_build_held_out_or_the_recipe_if_there_was_n
     recipe = write_recipe(tmp_path, "b", adapters, data={"rows.jsonl": rows})
     out = tmp_path / "page.html"
     assert main(["report", str(copied), "--recipe", str(recipe), "--out", str(out)]) == 0
-    _, held_out = split(read_rows(str(tmp_path / "rows.jsonl")), 0.5, 3)
+    _, held_out = split(read_rows(str(tmp_path / "rows.jsonl")), 0.5, 3, "exact")
     text = Page(out.read_text(encoding="utf-8")).text
     assert f"A box per answer to {len(held_out)} rows of its validation data" in text
     assert ("which also chose the checkpoint" in text) is not is_built

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from edgetune.recipe.data import Columns
 from edgetune.tasks import row_files
 from edgetune.tasks.data import TaskRow, read_rows, rows_of
 from edgetune.tasks.plain_prompts import plain, plain_prompt
-from edgetune.tasks.splitting import folds_of, split
 from edgetune.tasks.tokenization import tokenize_rows
 
 Write = Callable[..., str]
@@ -46,16 +44,6 @@ def tokenizer(tiny_gguf: Callable[[str], Path]) -> Iterator[GgufTokenizer]:
 
 def row(prompt: str, completion: str = "ok", where: str = "rows.jsonl:1") -> TaskRow:
     return TaskRow(where, ({"role": "user", "content": prompt},), completion)
-
-
-def conversation(turns: list[tuple[str, str]], where: str = "x") -> TaskRow:
-    *earlier, (prompt, answer) = turns
-    before = [
-        {"role": role, "content": text}
-        for turn in earlier
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return TaskRow(where, (*before, {"role": "user", "content": prompt}), answer)
 
 
 def problems_of(source: str, columns: Columns | None = None, labels: list[str] | None = None) -> list[str]:
@@ -382,38 +370,6 @@ def test_arguments_are_written_in_the_order_of_the_schema(write: Write) -> None:
     assert row.completion == '{"tool_calls": [{"name": "lamp", "arguments": {"room": "hall", "level": 3}}]}'
 
 
-def test_the_split_is_the_same_for_the_same_seed_and_loses_no_row() -> None:
-    rows = [row(f"prompt {n}", where=str(n)) for n in range(50)]
-    train, validation = split(rows, 0.1, seed=3)
-    assert (train, validation) == split(rows, 0.1, seed=3)
-    assert (train, validation) != split(rows, 0.1, seed=4)
-    assert len(validation) == 5
-    assert sorted(int(r.where) for r in [*train, *validation]) == list(range(50))
-    assert [int(r.where) for r in train] == sorted(int(r.where) for r in train)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rows_with_the_same_prompt_but_for_case_and_punctuation_stay_on_one_side(seed: int) -> None:
-    rows = [row(f"{('prompt', 'Prompt')[n % 2]} {n % 7}{'.' * (n % 3)}", f"answer {n}") for n in range(40)]
-    train, validation = split(rows, 0.2, seed)
-    assert validation
-    assert not {plain_prompt(r) for r in train} & {plain_prompt(r) for r in validation}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_few_rows_that_differ_in_the_system_prompt_alone_stay_on_one_side(seed: int) -> None:
-    def told(n: int, prompt: str) -> TaskRow:
-        said = ({"role": "system", "content": f"It is {n} May."}, {"role": "user", "content": prompt})
-        return TaskRow(f"rows.jsonl:{n}", said, "ok")
-
-    rows = [told(n, f"ask {n // 2}") for n in range(40)]
-    train, validation = split(rows, 0.2, seed)
-    assert len(validation) == 8 and len({r.prompt for r in validation} - {r.prompt for r in train}) == 4
-    assert sum(len({r.prompt for r in fold}) for fold in folds_of(rows, 4, seed)) == 20
-    # Where all rows ask the same, the system prompt is what they ask about.
-    assert len(split([told(n, "what is it") for n in range(40)], 0.2, seed)[1]) == 8
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -519,36 +475,6 @@ def test_answers_of_weight_0_are_no_answers_of_the_row(write: Write) -> None:
         turns[-1] = {**turns[-1], "weight": weight}
         with pytest.raises(UsageError, match=problem):
             read_rows(str(write(json.dumps({"messages": turns}))))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rows_that_begin_the_same_conversation_stay_on_one_side(seed: int) -> None:
-    # Two rows of each, one with a turn more. All begin with the same greeting, which is no row.
-    said = [[("hi", "hello"), (f"do {n}", f"did {n}"), (f"undo {n}", f"undid {n}")] for n in range(20)]
-    rows = [conversation(turns[:length], where=str(n)) for n, turns in enumerate(said) for length in (2, 3)]
-    random.Random(seed).shuffle(rows)
-    train, validation = split(rows, 0.2, seed)
-    assert len(validation) == 8
-    assert not {r.where for r in train} & {r.where for r in validation}
-
-
-@pytest.mark.parametrize("held_out", [0.01, 0.99])
-def test_each_side_gets_a_row_at_least(held_out: float) -> None:
-    train, validation = split([row("a"), row("b")], held_out, seed=0)
-    assert (len(train), len(validation)) == (1, 1)
-
-
-@pytest.mark.parametrize(
-    ("rows", "problem"),
-    [
-        ([row("a")], "only 1 row"),
-        ([row("a", "b"), row("a", "c")], "2 rows with the same prompt"),
-        ([row("a", "b"), conversation([("a", "b"), ("c", "d")])], "2 rows of one conversation"),
-    ],
-)
-def test_rows_that_cannot_be_split_are_refused(rows: list[TaskRow], problem: str) -> None:
-    with pytest.raises(UsageError, match=f"^{problem} cannot be split"):
-        split(rows, 0.5, seed=0)
 
 
 def tokenize_one(
@@ -670,9 +596,6 @@ def test_rows_that_are_all_too_long_are_refused_with_the_length_needed(tokenizer
         tokenize_rows(
             [row("play " * 90), row("stop")], tokenizer, system=None, loss_on="completion", max_tokens=short - 1
         )
-    rows = [replace(row("stop"), weight=0.0), row("play " * 90)]
-    with pytest.raises(UsageError, match=f"all 1 rows of a weight above 0 are longer than {short} tokens"):
-        tokenize_rows(rows, tokenizer, system=None, loss_on="completion", max_tokens=short)
 
 
 def test_a_row_that_the_template_refuses_is_named(tiny_gguf: Callable[[str], Path]) -> None:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime import Runtime
+from edgetune_runtime import Runtime, ToolCall
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.measuring import loaded_bundle
 from recipes import write_rows
@@ -231,6 +232,11 @@ def test_calls_are_compared_by_name_and_arguments(
     with Runtime.open(bundle) as runtime:
         answer = runtime.generate("play", adapter="task", tools=tools, max_tokens=60)
         cut_off = runtime.generate("play", adapter="task", tools=tools, tool_choice="required", max_tokens=2)
+    # The second of two calls that has begun belongs to the answer.
+    answered = ToolCall("stop", {})
+    half = replace(cut_off, content="", text="stop, and sto", tool_calls=(answered,))
+    whole = replace(half, stop_reason="end")
+    assert metrics.score("json", [*map(text_to_score, (half, whole))], [text_to_score(whole)] * 2)[1] == [0, 1]
     # A call that has begun is not an answer without any.
     assert metrics.score("json", [text_to_score(cut_off)], ["No."], offers_tools=[True])[0] == 0
     assert metrics.score("json", [text_to_score(answer)], ["No."], offers_tools=[True])[0] == 1

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from edgetune_runtime.errors import UsageError
-from recipes import lights, make_recipe, write_rows
+from recipes import lights, make_recipe, thermometers, write_rows
 
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.folds import fold_tasks
 from edgetune.tasks.negatives import given, is_made, letters_of
+from edgetune.tasks.plain_prompts import answered_prompts
 from edgetune.tasks.splitting import folds_of
 from edgetune.tasks.task import Task, read_task
 
@@ -89,9 +90,19 @@ def test_rows_of_one_conversation_are_in_one_fold() -> None:
         asked = {"role": "user", "content": f"lamp {number}"}
         answer, more = {"role": "assistant", "content": f"on {number}"}, {"role": "user", "content": "and off"}
         rows += [TaskRow(f"{number}:1", (asked,), f"on {number}"), TaskRow(f"{number}:2", (asked, answer, more), "off")]
-    folds = [{row.where.partition(":")[0] for row in fold} for fold in folds_of(rows, 4, seed=0)]
+    folds = [{row.where.partition(":")[0] for row in fold} for fold in folds_of(rows, 4, 0, "exact")]
     assert [len(fold) for fold in folds] == [3, 3, 3, 3]
     assert len(set().union(*folds)) == 12
+
+
+def test_calls_of_one_prompt_are_judged_by_the_fold_that_has_learned_none(tmp_path: Path) -> None:
+    adapter = {"data": {"train": "rows.jsonl", "held_out": 0.1}, "metric": "json", "confidence_folds": 4}
+    recipe = make_recipe(tmp_path, "base", {"heat": adapter}, data={"rows.jsonl": thermometers(60, 20)})
+    folds = fold_tasks(read_task("heat", recipe), recipe)
+    assert sum(len(fold.confidence_rows) for fold in folds) == 54
+    for fold in folds:
+        assert all(row.turn for row in fold.confidence_rows)
+        assert answered_prompts(fold.confidence_rows).isdisjoint(answered_prompts(fold.train))
 
 
 def test_min_confidence_needs_no_more_validation_rows_with_folds(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import replace
 
 import pytest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.tools.definitions import tool_set
+from recipes import thermometers
 
-from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import answers_to_score, labels_in, metric_for, score
+from edgetune.recipe.rows import Rows
+from edgetune.tasks.data import TaskRow, read_rows
+from edgetune.tasks.metrics import answers_to_score, asked, is_scorable, labels_in, metric_for, score
+from edgetune.tasks.plain_prompts import answered_prompts
 
 
 def rows(*completions: str) -> list[TaskRow]:
@@ -162,6 +166,26 @@ def test_rows_with_tools_that_mostly_end_in_calls_are_compared_as_json() -> None
     assert metric_for("auto", [call, call, replace(text, tools=None)], None) == "rouge_l"
 
 
+def test_a_wrong_call_has_no_words_in_common_with_the_right_one() -> None:
+    right, wrong = (
+        json.dumps({"tool_calls": [{"name": "on", "arguments": {"room": room}}]}) for room in ("den", "hall")
+    )
+    for metric in ("rouge_l", "chrf", "exact", "json"):
+        assert score(metric, [right, wrong, "on den"], [right, right, right])[1] == [1, 0, 0]
+    assert score("rouge_l", [wrong], ["It is on in the hall."])[0] == 0
+
+
+def test_a_question_back_is_compared_and_what_is_said_of_a_result_is_not() -> None:
+    (talk,) = thermometers(1, 1)
+    question = [{"role": "user", "content": "how warm is it?"}, {"role": "assistant", "content": "Where?"}]
+    (row,) = read_rows(Rows.of("x", [{**talk, "messages": [*question, *talk["messages"]]}]))
+    question_back, called, _ = row.answers
+    assert answers_to_score([row], "json") == [question_back, called] and asked(row, "json") == called
+    assert answers_to_score([row], "rouge_l") == row.answers and asked(row, "rouge_l") == row
+    unlearned = row.with_turns([{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in row.turns])
+    assert not answers_to_score([unlearned], "json") and not is_scorable(unlearned, "json")
+
+
 def test_conversations_are_scored_by_each_answer_that_the_metric_compares() -> None:
     call = {"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}], "content": ""}
     roles = ("user", "assistant", "user", "assistant", "user")
@@ -180,9 +204,10 @@ def test_conversations_are_scored_by_each_answer_that_the_metric_compares() -> N
     assert [each.completion for each in answers_to_score([replace(row, completion="e")], "json")] == [called]
     listed = replace(row, messages=(turns[0], {"role": "assistant", "content": "[1]"}, turns[2]))
     assert [each.completion for each in answers_to_score([listed], "json")] == ["[1]", row.completion]
-    assert [each.completion for each in answers_to_score([row], "rouge_l")] == ["c", row.completion]
+    assert [each.completion for each in answers_to_score([row], "rouge_l")] == [called, "c", row.completion]
     trained = replace(row, where="x:3", messages=tuple(turns[:3]))
-    assert [each.completion for each in answers_to_score([row], "exact", [trained])] == [row.completion]
+    learned = answered_prompts([trained])
+    assert [each.completion for each in answers_to_score([row], "exact", learned)] == [row.completion]
     assert answers_to_score([row], "label") == [row]
     assert scored[0].messages == tuple(turns[:1])
     assert scored[0].turn == turns[1]

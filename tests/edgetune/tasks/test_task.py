@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import UsageError
-from recipes import adapter_of, lights, make_recipe
+from recipes import adapter_of, lights, make_recipe, thermometers
 
-from edgetune.tasks.task import read_task
+from edgetune.tasks.plain_prompts import answered_prompts
+from edgetune.tasks.task import Task, read_task
 
 
 def rows_of(folder: Path, rows: int | None, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -29,8 +30,53 @@ def test_fewer_rows_are_part_of_more_and_validation_rows_stay(tmp_path: Path) ->
 def test_rows_that_all_have_weight_0_are_refused(tmp_path: Path) -> None:
     rows = [{**row, "weight": 0} for row in lights(10)]
     recipe = make_recipe(tmp_path, "base.gguf", {"command": adapter_of()}, data={"rows.jsonl": rows})
-    with pytest.raises(UsageError, match=r"all 8 rows, such as .*rows.jsonl:\d+, have weight 0, .*; give some of them"):
+    with pytest.raises(
+        UsageError, match=r"all 10 rows, such as .*rows.jsonl:\d+, have weight 0, .*; give some of them"
+    ):
         read_task("command", recipe)
+
+
+def test_rows_of_weight_0_are_not_measured_and_name_no_label(tmp_path: Path) -> None:
+    rows = [{"text": f"light {n}", "label": ("on", "off")[n % 2]} for n in range(60)]
+    rows += [{"text": f"lamp {n}", "label": "oof", "weight": 0} for n in range(30)]
+    task = read_task(
+        "command", make_recipe(tmp_path, "base.gguf", {"command": adapter_of()}, data={"rows.jsonl": rows})
+    )
+    assert task.labels == ("off", "on") and (len(task.train), len(task.validation)) == (48, 12)
+    assert {row.completion for row in (*task.validation_answers, *task.confidence_rows)} == {"off", "on"}
+
+
+def test_calls_that_were_learned_give_no_confidence_and_are_doubted(tmp_path: Path) -> None:
+    def read(**sources: str) -> Task:
+        adapters = {"heat": {"data": {"train": "rows.jsonl", **sources}, "metric": "json"}}
+        data = {"rows.jsonl": thermometers(40, 40), "more.jsonl": thermometers(50, 50, first=200)}
+        return read_task("heat", make_recipe(tmp_path, "base.gguf", adapters, data=data))
+
+    # Rooms 0 to 39 are asked for with other results.
+    task = read(validation="more.jsonl")
+    assert len(task.validation_answers) == 50 and len(task.confidence_rows) == 10
+    assert "40 of 50 validation rows have the prompt of a training row, such as " in task.doubts[0]
+    with pytest.raises(UsageError, match="36 of 50 confidence rows have the prompt of a training row"):
+        read(confidence="more.jsonl")
+
+
+def test_rows_for_the_confidence_that_cannot_be_scored_are_named(tmp_path: Path) -> None:
+    sure = [{"prompt": f"say {n}", "completion": ("word", "[1]")[n % 2]} for n in range(50)]
+    adapters = {"command": {**adapter_of(), "data": {"train": "rows.jsonl", "confidence": "sure.jsonl"}}}
+    data = {"rows.jsonl": lights(20, [{"a": 1}]), "sure.jsonl": sure}
+    task = read_task("command", make_recipe(tmp_path, "base.gguf", adapters, data=data))
+    assert len(task.confidence_rows) == 25
+    assert "25 of 50 confidence rows, such as " in task.doubts[0] and "cannot be scored by json" in task.doubts[0]
+
+
+def test_rows_with_the_same_prompt_do_not_choose_the_checkpoint_and_give_the_confidence(tmp_path: Path) -> None:
+    more = [{"prompt": f"{word} {n}", "completion": "ok"} for n in range(120) for word in ("Value", "value")]
+    adapters = {"command": {**adapter_of(), "data": {"train": "rows.jsonl", "validation": "more.jsonl"}}}
+    data = {"rows.jsonl": lights(20, ["a", "b"]), "more.jsonl": more}
+    adapters["command"]["metric"] = "exact"
+    task = read_task("command", make_recipe(tmp_path, "base.gguf", adapters, data=data))
+    assert len(task.choosing) == len(task.confidence_rows) == 120
+    assert answered_prompts(task.choosing).isdisjoint(answered_prompts(task.confidence_rows))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,15 @@ def test_a_given_constraint_is_checked_against_all_rows(
         plan_build(recipe_of(tmp_path, output, wrong))
 
 
+def test_an_earlier_answer_of_a_conversation_that_breaks_a_constraint_is_named(tmp_path: Path) -> None:
+    turns = [("user", "light"), ("assistant", "Which one?"), ("user", "the lamp"), ("assistant", '{"on": true}')]
+    talk = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    with pytest.raises(UsageError, match=r"1 of 12 completions break the schema: .*, message 2 'Which one\?"):
+        resolved(tmp_path, {"schema": "schema.json", "spacing": "spaced"}, [*ROWS, talk])
+    talk["messages"][1]["weight"] = 0  # type: ignore[assignment]
+    assert resolved(tmp_path, {"schema": "schema.json", "spacing": "spaced"}, [*ROWS, talk])[0] is not None
+
+
 def test_rows_with_another_spacing_are_told_from_rows_that_break_the_schema(tmp_path: Path) -> None:
     message = "10 of 10 completions are JSON with another spacing than compact: .*; set spacing: spaced, or write"
     with pytest.raises(UsageError, match=message):

@@ -7,9 +7,11 @@ import time
 from typing import Any
 
 import pytest
+from recipes import thermometers
 
 from edgetune.curation.checking.duplicates import NEAR, answer_key, duplicates, near
-from edgetune.curation.checking.findings import TEST, TRAIN, VALIDATION, SplitRow
+from edgetune.curation.checking.findings import SHARED, TEST, TRAIN, VALIDATION, SplitRow
+from edgetune.recipe.parts import Metric
 from edgetune.tasks.data import rows_of
 
 WORDS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
@@ -28,8 +30,24 @@ def asked(text: str, system: str) -> dict[str, Any]:
     return {"messages": [*turns, {"role": "assistant", "content": "done"}]}
 
 
-def found(*items: SplitRow) -> list[tuple[str, tuple[str, ...]]]:
-    return [(each.kind, each.where) for each in duplicates(items, has_one_answer=True)]
+def found(*items: SplitRow, metric: Metric = "exact") -> list[tuple[str, tuple[str, ...]]]:
+    return [(each.kind, each.where) for each in duplicates(items, metric, has_one_answer=True)]
+
+
+def test_a_call_of_a_conversation_for_a_test_may_be_learned_with_another_result() -> None:
+    talks = (
+        rows(TRAIN, *thermometers(3, 3)),
+        rows(TEST, *thermometers(2, 2, first=10)),
+        rows(TEST, *thermometers(2, 9, 5)),
+    )
+    items = [item for part in talks for item in part]
+    shared = (f"{TRAIN}:0, message 2", f"{TEST}:0, message 2")
+    assert [each for each in found(*items, metric="json") if each[0] == SHARED] == [
+        (SHARED, shared),
+        (SHARED, tuple(at.replace("0", "1") for at in shared)),
+    ]
+    # Of texts, the last one is what is scored.
+    assert not [each for each in found(*items) if each[0] == SHARED]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -12,16 +12,17 @@ from edgetune.tasks.evaluation import ScoredRow
 
 
 def scored_set(*scores: float, first: int = 0, too_long: int = 0) -> ScoredSet:
-    rows = [ScoredRow(f"rows.jsonl:{first + n}", "p", "r", f"a{score}", score) for n, score in enumerate(scores)]
+    answers = [(f"rows.jsonl:{first + n}", score) for n, score in enumerate(scores)]
+    rows = [ScoredRow(at, "p", "r", f"a{score}", score, conversation=at) for at, score in answers]
     return ScoredSet(rows, too_long, 1.0)
 
 
 def talk_set(*scores: float) -> ScoredSet:
     """The answers of one conversation."""
     places = [f"rows.jsonl:0{f', message {2 * n}' if n < len(scores) else ''}" for n in range(1, len(scores) + 1)]
-    return ScoredSet(
-        [ScoredRow(at, at, "r", f"a{score}", score) for at, score in zip(places, scores, strict=True)], 0, 1.0
-    )
+    answers = zip(places, scores, strict=True)
+    rows = [ScoredRow(at, at, "r", f"a{score}", score, conversation="rows.jsonl:0") for at, score in answers]
+    return ScoredSet(rows, 0, 1.0)
 
 
 def joined(*sets: ScoredSet) -> ScoredSet:
@@ -29,7 +30,8 @@ def joined(*sets: ScoredSet) -> ScoredSet:
 
 
 def read_set(*bits: float) -> ScoredSet:
-    rows = [ScoredRow(f"rows.jsonl:{n}", "p", "r", "", 9.0, bits_per_byte=value) for n, value in enumerate(bits)]
+    answers = [(f"rows.jsonl:{n}", value) for n, value in enumerate(bits)]
+    rows = [ScoredRow(at, "p", "r", "", 9.0, bits_per_byte=value, conversation=at) for at, value in answers]
     return ScoredSet(rows, 0, 1.0)
 
 

@@ -23,6 +23,7 @@ from edgetune.retraining.learning.corrections import corrected_rows
 from edgetune.retraining.learning.learn import learn, read_logs
 from edgetune.retraining.learning.rows import TooFewCorrectionsError, doubts, learned_rows
 from edgetune.tasks.data import TaskRow
+from edgetune.tasks.splitting import conversations
 from edgetune.tasks.task import Task, read_task
 
 LAMP = {
@@ -223,6 +224,32 @@ def test_answers_that_are_not_right_without_what_was_redacted_are_left_out(tmp_p
     assert row.prompt == "[redacted] is it"
     assert call.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
     assert answer.endswith("has a redacted value that no message has")
+
+
+def test_texts_after_a_result_are_learned_and_not_compared_where_any_is_right(tmp_path: Path) -> None:
+    task, told = task_of(tmp_path), {"role": "tool", "name": "lamp", "content": "broken"}
+    entries = [logged(n, [asked(f"dim {n}"), called("on"), told], f"{n} is broken.", TOOLS) for n in range(8)]
+    entries += [logged(n, [asked(f"dim {n}")], call_text("on"), TOOLS) for n in range(8, 12)]
+    rows = learned_rows(task, entries)
+    assert task.metric == "json" and [row.where for row in rows.held_out] == ["log:a8"] and rows.learned == 11
+    doubt = next(iter(doubts(task, rows)))
+    assert "8 corrections, such as log:a0, are learned, but not compared: any text is right after" in doubt
+
+
+def test_several_corrected_answers_of_a_conversation_count_as_one_row(tmp_path: Path) -> None:
+    task, talk, entries = task_of(tmp_path), list[dict[str, Any]](), list[LoggedAnswer]()
+    for number in range(16):
+        talk = [*talk, asked(f"dim {number}")]
+        entries.append(logged(number, talk, call_text("on"), TOOLS))
+        talk = [
+            *talk,
+            called("on", id=f"c{number}"),
+            {"role": "tool", "tool_call_id": f"c{number}", "content": "ok"},
+            {"role": "assistant", "content": "Done."},
+        ]
+    rows = learned_rows(task, entries)
+    assert [row.where for row in rows.held_out] == ["log:a0", "log:a4", "log:a8", "log:a12"]
+    assert conversations(rows.held_out) == ["log:a0"] * 4
 
 
 def test_calls_are_learned_from_a_log(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

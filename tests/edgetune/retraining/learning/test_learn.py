@@ -564,16 +564,16 @@ def test_without_rows_to_score_nothing_is_trained(home: Path, monkeypatch: pytes
     tools: list[Any] = [{"name": "on", "parameters": {"type": "object", "properties": {"room": {"type": "string"}}}}]
     rooms = ("hall", "attic", "den", "loft", "study", "cellar")
 
-    def talk(room: str, said: str) -> dict[str, Any]:
+    def talk(room: str, said: str, **weight: int) -> dict[str, Any]:
         call = {"function": {"name": "on", "arguments": {"room": room}}}
         turns = [("user", f"light the {room}"), ("assistant", ""), ("tool", "ok"), ("assistant", said)]
         messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
-        messages[1]["tool_calls"] = [call]
+        messages[1] |= {"tool_calls": [call], **weight}
         return {"tools": tools, "messages": messages}
 
-    # Their calls are learned, and the words after them are not compared.
+    # The words after results are not compared.
     write_rows(home.with_name("light.jsonl"), [talk(room, "It is lit.") for room in rooms])
-    write_rows(home.with_name("more.jsonl"), [talk(room, "Done.") for room in rooms[:2]])
+    write_rows(home.with_name("more.jsonl"), [talk(room, "Done.", weight=0) for room in rooms[:2]])
     light = {"data": {"train": "light.jsonl", "validation": "more.jsonl"}, "metric": "json"}
     write_recipe(home.parent, "missing.gguf", {"light": light}, data={})
     log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))

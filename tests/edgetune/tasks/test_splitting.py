@@ -1,0 +1,109 @@
+"""Rows that stay together in splits, halves and folds, and the conversations that answers are of."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from edgetune_runtime.errors import UsageError
+from recipes import thermometers
+
+from edgetune.recipe.rows import Rows
+from edgetune.tasks.data import TaskRow, place_of_row, read_rows
+from edgetune.tasks.plain_prompts import plain_prompt
+from edgetune.tasks.splitting import conversations, folds_of, halves, split
+
+
+def row(prompt: str, completion: str = "ok", where: str = "rows.jsonl:1") -> TaskRow:
+    return TaskRow(where, ({"role": "user", "content": prompt},), completion)
+
+
+def conversation(turns: list[tuple[str, str]], where: str = "x") -> TaskRow:
+    *earlier, (prompt, answer) = turns
+    before = [
+        {"role": role, "content": text}
+        for turn in earlier
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return TaskRow(where, (*before, {"role": "user", "content": prompt}), answer)
+
+
+def test_the_split_is_the_same_for_the_same_seed_and_loses_no_row() -> None:
+    rows = [row(f"prompt {n}", where=str(n)) for n in range(50)]
+    train, validation = split(rows, 0.1, seed=3, metric="exact")
+    assert (train, validation) == split(rows, 0.1, seed=3, metric="exact")
+    assert (train, validation) != split(rows, 0.1, seed=4, metric="exact")
+    assert len(validation) == 5
+    assert sorted(int(r.where) for r in [*train, *validation]) == list(range(50))
+    assert [int(r.where) for r in train] == sorted(int(r.where) for r in train)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_with_the_same_prompt_but_for_case_and_punctuation_stay_on_one_side(seed: int) -> None:
+    rows = [row(f"{('prompt', 'Prompt')[n % 2]} {n % 7}{'.' * (n % 3)}", f"answer {n}") for n in range(40)]
+    train, validation = split(rows, 0.2, seed, "exact")
+    assert validation
+    assert not {plain_prompt(r) for r in train} & {plain_prompt(r) for r in validation}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_rows_that_differ_in_the_system_prompt_alone_stay_on_one_side(seed: int) -> None:
+    def told(n: int, prompt: str) -> TaskRow:
+        said = ({"role": "system", "content": f"It is {n} May."}, {"role": "user", "content": prompt})
+        return TaskRow(f"rows.jsonl:{n}", said, "ok")
+
+    rows = [told(n, f"ask {n // 2}") for n in range(40)]
+    train, validation = split(rows, 0.2, seed, "exact")
+    assert len(validation) == 8 and len({r.prompt for r in validation} - {r.prompt for r in train}) == 4
+    assert sum(len({r.prompt for r in fold}) for fold in folds_of(rows, 4, seed, "exact")) == 20
+    # Where all rows ask the same, the system prompt is what they ask about.
+    assert len(split([told(n, "what is it") for n in range(40)], 0.2, seed, "exact")[1]) == 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_begin_the_same_conversation_stay_on_one_side(seed: int) -> None:
+    # Two rows of each, one with a turn more. All begin with the same greeting, which is no row.
+    said = [[("hi", "hello"), (f"do {n}", f"did {n}"), (f"undo {n}", f"undid {n}")] for n in range(20)]
+    rows = [conversation(turns[:length], where=str(n)) for n, turns in enumerate(said) for length in (2, 3)]
+    random.Random(seed).shuffle(rows)
+    train, validation = split(rows, 0.2, seed, "exact")
+    assert len(validation) == 8
+    assert not {r.where for r in train} & {r.where for r in validation}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_conversations_with_the_same_call_stay_on_one_side_whatever_its_result(seed: int) -> None:
+    rows = read_rows(Rows.of("x", thermometers(60, rooms=20)))
+    parts = [*split(rows, 0.2, seed, "json")], folds_of(rows, 4, seed, "json"), halves(rows, seed, "json")
+    for one, *others in parts:
+        assert {r.turns[0]["content"].lower() for r in one}.isdisjoint(
+            r.turns[0]["content"].lower() for other in others for r in other
+        )
+        assert len(one) >= 12
+
+
+def test_rows_that_begin_a_conversation_are_of_it() -> None:
+    said = [("hi", "hello"), ("do it", "did it"), ("undo it", "undid it")]
+    rows = [conversation(said[:length], where=f"x:{length}") for length in (2, 3)]
+    other = conversation([said[0], ("stop", "stopped")], where="x:4")
+    assert conversations([*rows[0].answers, *rows[1].answers, other]) == ["x:2", "x:2", "x:2", "x:2", "x:2", "x:4"]
+    assert place_of_row("my, message box.jsonl:2, message 4") == "my, message box.jsonl:2"
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.99])
+def test_each_side_gets_a_row_at_least(held_out: float) -> None:
+    train, validation = split([row("a"), row("b")], held_out, seed=0, metric="exact")
+    assert (len(train), len(validation)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([row("a")], "only 1 row"),
+        ([row("a", "b"), row("a", "c")], "2 rows with the same prompt"),
+        ([row("a", "b"), conversation([("a", "b"), ("c", "d")])], "2 rows of one conversation"),
+    ],
+)
+def test_rows_that_cannot_be_split_are_refused(rows: list[TaskRow], problem: str) -> None:
+    with pytest.raises(UsageError, match=f"^{problem} cannot be split"):
+        split(rows, 0.5, seed=0, metric="exact")
