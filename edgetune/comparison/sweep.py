@@ -21,7 +21,7 @@ from edgetune.planning.quantization import quantizations_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.data import read_rows
-from edgetune.tasks.metrics import answers_to_score, asked, check_scorable
+from edgetune.tasks.metrics import answers_to_score, check_scorable
 from edgetune.tasks.negatives import given
 from edgetune.tasks.plain_prompts import answered_prompts, plain_prompt
 from edgetune.tasks.task import Task, read_task
@@ -134,10 +134,13 @@ def _source(data: str | None, task: Task) -> str:
     if data is None:
         return "its validation data"
     rows = read_rows(data, task.spec.data.columns, labels=task.labels or None)
-    check_scorable(answers_to_score(rows, task.metric), task.metric)
+    scored = answers_to_score(rows, task.metric)
+    check_scorable(scored, task.metric)
     learned = answered_prompts(task.trained_rows)
-    both = sum(plain_prompt(asked(row, task.metric)) in learned for row in rows)
-    doubt = f" ({both} of its {len(rows)} have the prompt of a training row, so the scores say little)" if both else ""
+    both = sum(plain_prompt(answer) in learned for answer in scored)
+    doubt = (
+        f" ({both} of {len(scored)} answers are to prompts of training rows, so the scores say little)" if both else ""
+    )
     return f"{Path(data).name}{doubt}"
 
 

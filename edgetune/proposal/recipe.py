@@ -16,7 +16,7 @@ from edgetune import bases
 from edgetune.common.command_line import command_line
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.data import TaskRow, rows_of, with_weight
 from edgetune.tasks.metrics import metric_for
 from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import longest_tokens
@@ -96,7 +96,7 @@ def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
         rows_of(str(files.train), sample.entries)  # raises an error that names the lines
     form = form_of(files.train, sample.values)
     columns = None if form.columns is None else Columns.model_validate(form.columns)
-    rows = rows_of(str(files.train), sample.entries, columns)
+    rows = with_weight(rows_of(str(files.train), sample.entries, columns))
     choices = [Choice("data.train", _as_written(files.train, folder), _about_file(files, sample))]
     if files.validation is not None:
         choices.append(Choice("data.validation", _as_written(files.validation, folder)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 from edgetune_runtime.errors import UsageError
 
@@ -44,11 +46,13 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int, metric: Metric) -
 def halves(rows: Sequence[TaskRow], seed: int, metric: Metric) -> tuple[list[TaskRow], list[TaskRow]]:
     """Two random halves of the rows, in their order, with as many rows of each answer in both as possible.
 
-    Rows stay together as in `split`.
+    Rows stay together as in `split`, but for those of a group of more than half.
     """
-    groups = _grouped(rows, len(rows) // 2, metric)
+    most = len(rows) // 2
+    groups = _grouped(rows, most, metric)
+    groups = [part for group in groups for part in ([group] if len(group) <= most else [[place] for place in group])]
     random.Random(seed).shuffle(groups)
-    groups.sort(key=lambda group: rows[group[0]].completion or "")
+    groups.sort(key=lambda group: (-len(group), rows[group[0]].completion or ""))
     parts: tuple[list[int], list[int]] = ([], [])
     for group in groups:
         min(parts, key=len).extend(group)
@@ -69,17 +73,25 @@ def folds_of(rows: Sequence[TaskRow], count: int, seed: int, metric: Metric) -> 
     return folds
 
 
-def conversations(rows: Sequence[TaskRow]) -> list[str]:
-    """For each row, or answer of one, where the row is that has the beginning of its conversation, maybe itself."""
-    places, wholes, begun = [place_of_row(row.where) for row in rows], dict[str, str](), dict[str, str]()
-    for row, place in zip(rows, places, strict=True):
-        if row.where == place:
-            wholes.setdefault(plain_prompt(row), place)
-    for row, place in zip(rows, places, strict=True):
-        earlier = (wholes.get(plain_prompt(beginning)) for beginning in row.beginnings[:-1])
-        if (first := next(filter(None, earlier), None)) is not None:
-            begun.setdefault(place, first)
-    return [begun.get(place, place) for place in places]
+def conversations(answers: Sequence[TaskRow]) -> list[str]:
+    """For each of these answers of rows, where the row is that has the beginning of its conversation, maybe its own.
+
+    A row goes on with another if it begins with the other's last answer here. No row goes on with one that several go
+    on with in different ways, such as a greeting.
+    """
+    places = [place_of_row(answer.where) for answer in answers]
+    prompts = {place: [*map(plain_prompt, row.beginnings)] for place, row in zip(places, answers, strict=True)}
+    ends, nexts = dict[str, str](), defaultdict[str, set[str]](set)
+    for place, (*_, last) in prompts.items():
+        ends.setdefault(last, place)
+    for own in prompts.values():
+        for prompt, following in pairwise(own):
+            nexts[prompt].add(following)
+    firsts = {
+        place: next((ends[prompt] for prompt in own[:-1] if prompt in ends and len(nexts[prompt]) == 1), place)
+        for place, own in prompts.items()
+    }
+    return [firsts[place] for place in places]
 
 
 def _grouped(rows: Sequence[TaskRow], most: int, metric: Metric) -> list[list[int]]:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.data import EARLIER_ANSWER, TaskRow
-from edgetune.tasks.metrics import asked
+from edgetune.tasks.metrics import compared_answers
 from edgetune.tasks.plain_prompts import plain, plain_prompt, without_system
 
-from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TRAIN, VALIDATION, Finding, SplitRow
+from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TEST, TRAIN, VALIDATION, Finding, SplitRow
 
 Ints = NDArray[np.int64]
 Key = TypeVar("Key", bound=Hashable)
@@ -41,9 +41,7 @@ def duplicates(rows: Sequence[SplitRow], metric: Metric, *, has_one_answer: bool
     )
     for key, same in groups.items():
         yield from _of_one_prompt(same, earlier.get(key, ()), has_one_answer=has_one_answer)
-    # What is scored of a conversation may be before its last answer.
-    scored = (SplitRow(item.split, asked(item.row, metric)) for item in rows if item.split != TRAIN)
-    for key, same in _grouped((item for item in scored if EARLIER_ANSWER in item.row.where), prompt_key).items():
+    for key, same in _grouped(_scored_earlier(rows, metric), prompt_key).items():
         others = [*earlier.get(key, ()), *groups.get(key, ())]
         if len({item.split for item in (*others, *same)}) > 1:
             yield Finding.of(SHARED, [*others, *same])
@@ -57,6 +55,16 @@ def duplicates(rows: Sequence[SplitRow], metric: Metric, *, has_one_answer: bool
             elif len(set(map(_answer_of, cluster))) == 1:
                 yield Finding.of(NEAR_REPEAT, cluster)
     yield from _under_other_systems(rows, has_one_answer=has_one_answer)
+
+
+def _scored_earlier(rows: Sequence[SplitRow], metric: Metric) -> Iterator[SplitRow]:
+    """The answers before the last one of conversations, with which a score compares: in a test file all, else the last
+    of them, as a build leaves out those before it that are learned."""
+    for item in rows:
+        if item.split != TRAIN:
+            scored = compared_answers(item.row, metric)
+            scored = scored if item.split == TEST else scored[-1:]
+            yield from (SplitRow(item.split, each) for each in scored if EARLIER_ANSWER in each.where)
 
 
 def _under_other_systems(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:

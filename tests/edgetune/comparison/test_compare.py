@@ -175,7 +175,7 @@ def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
 
     data = str(compared.request.recipe.with_name("rows.jsonl"))
     result = compare(request_of(rows=(12, 4), out=tmp_path / "out", data=data), run, QUIET)
-    assert "rows.jsonl (16 of its 20 have the prompt of a training row" in result.source
+    assert "rows.jsonl (16 of 20 answers are to prompts of training rows" in result.source
     trained = {outcome.name: outcome.trained_rows for outcome in result.outcomes}
     assert trained == {"lora-r2-4rows": 4, "lora-r2-12rows": 12}
     assert result.recommended is not None and result.recommended.name == "lora-r2-12rows"

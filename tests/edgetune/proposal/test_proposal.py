@@ -190,6 +190,14 @@ def test_a_row_without_a_label_among_labelled_ones_is_named(write: Write, propos
     assert "".join(doubt.split()) in "".join(comments.split())
 
 
+def test_nothing_is_inferred_from_rows_of_weight_0(write: Write, propose: Make) -> None:
+    path = write("kind.jsonl", [*KINDS, {"text": "note it", "label": "ordr", "weight": 0}])
+    labels = propose(path).adapters["kind"].labels
+    assert labels and "ordr" not in labels
+    with pytest.raises(UsageError, match="all 21 rows, such as .*, have weight 0"):
+        propose(write("kind.jsonl", [{**row, "weight": 0} for row in [*KINDS, KINDS[0]]]))
+
+
 def test_labels_that_differ_only_in_case_are_doubted(write: Write, propose: Make) -> None:
     path = write("kind.jsonl", [*KINDS, *({"text": f"please {n}", "label": "Order"} for n in range(2))])
     propose(path)

@@ -10,6 +10,7 @@ from recipes import thermometers
 
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, place_of_row, read_rows
+from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.plain_prompts import plain_prompt
 from edgetune.tasks.splitting import conversations, folds_of, halves, split
 
@@ -88,6 +89,22 @@ def test_rows_that_begin_a_conversation_are_of_it() -> None:
     other = conversation([said[0], ("stop", "stopped")], where="x:4")
     assert conversations([*rows[0].answers, *rows[1].answers, other]) == ["x:2", "x:2", "x:2", "x:2", "x:2", "x:4"]
     assert place_of_row("my, message box.jsonl:2, message 4") == "my, message box.jsonl:2"
+    # Several go on with a greeting, each in its own way.
+    greeting = conversation(said[:1], where="x:1")
+    assert conversations([greeting, *rows, other]) == ["x:1", "x:2", "x:2", "x:4"]
+
+
+def test_rows_per_turn_of_calls_and_results_are_of_one_conversation() -> None:
+    first, second = thermometers(2, 2)
+    longer = {**first, "messages": [*first["messages"], *second["messages"]]}
+    rows = read_rows(Rows.of("x", [first, longer, *thermometers(1, 2, first=4)]))
+    places = [row.where for row in rows]
+    assert conversations(answers_to_score(rows, "json")) == [places[0], places[0], places[2]]
+
+
+def test_rows_that_all_begin_with_one_are_halved_all_the_same() -> None:
+    rows = [conversation([("hi", "hello"), (f"do {n}", f"did {n}")][: 2 if n else 1]) for n in range(61)]
+    assert sorted(map(len, halves(rows, 0, "exact"))) == [30, 31]
 
 
 @pytest.mark.parametrize("held_out", [0.01, 0.99])

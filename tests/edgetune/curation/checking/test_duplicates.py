@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,8 +47,10 @@ def test_a_call_of_a_conversation_for_a_test_may_be_learned_with_another_result(
         (SHARED, shared),
         (SHARED, tuple(at.replace("0", "1") for at in shared)),
     ]
-    # Of texts, the last one is what is scored.
-    assert not [each for each in found(*items) if each[0] == SHARED]
+    # A build scores of its own rows for validation what it has not learned, such as the text after the result.
+    held_out = [replace(item, split=VALIDATION) if item.split == TEST else item for item in items]
+    assert not [each for each in found(*held_out) if each[0] == SHARED]
+    assert len([each for each in found(*held_out, metric="json") if each[0] == SHARED]) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
