@@ -43,11 +43,13 @@ def deploy(
         str | None,
         board_option(
             metavar="IP",
-            help="With --service: address that the unit listens on (default: 127.0.0.1, for the board alone); 0.0.0.0 "
-            "for all, with a key.",
+            help="With --service: address that the unit listens on (default: as it was, or 127.0.0.1, for the board "
+            "alone); 0.0.0.0 for all, with a key.",
         ),
     ] = None,
-    port: Annotated[int | None, board_option(metavar="N", help="With --service: its port (default: 8080).")] = None,
+    port: Annotated[
+        int | None, board_option(metavar="N", help="With --service: its port (default: as it was, or 8080).")
+    ] = None,
     updates: Annotated[
         str | None,
         board_option(metavar="URL", help="Update once a day from the signed repository at this address, by a timer."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edgetune_runtime.store import service, switch, versions
+from edgetune_runtime.store import service, switch, timer, versions
 from edgetune_runtime.store.durable import changing, installing
 from edgetune_runtime.store.files import Store, check_file
 from edgetune_runtime.store.kit import Kit, read_kit
@@ -19,10 +19,11 @@ def install(folder: Path, prefix: Path, *, unit: service.Unit | None, say: Say, 
 
     Files that the folder lacks are taken from the store; with `receives`, those that are missing there are read from
     standard input first. Nothing is used before its digest was compared, and the version that runs is not touched
-    before the new one has answered. UsageError for a unit of another install, for a port of another program, and for
-    what others have in the place of a link.
+    before the new one has answered. UsageError for a unit of another install or account, for a port of another
+    program, and for what others have in the place of a link.
     """
     kit = read_kit(folder)
+    timer.require_account(prefix)
     if unit is not None:
         unit.require_own(prefix)
         unit.require_port(service.installed(prefix, say))

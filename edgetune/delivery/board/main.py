@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgetune_runtime.errors import BusyError, UsageError, error_to_report
+from edgetune_runtime.errors import BusyError, NotFoundError, UsageError, error_to_report
 from edgetune_runtime.processes.interrupts import end_in_order, end_on_interrupt
 from edgetune_runtime.processes.streams import flush_output
 from edgetune_runtime.store import service, systemd, versions
@@ -63,8 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "run `edgetune-run serve` as a systemd unit: of the system for root, of the user for others"
     command.add_argument("--service", nargs="?", const="", metavar="NAME", help=text)
     text = "address that the unit listens on; one that other machines reach needs the key in PREFIX/keys"
-    command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.LOOPBACK})")
-    command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {service.PORT})")
+    command.add_argument("--host", metavar="IP", help=f"{text} (default: as it was, or {service.LOOPBACK})")
+    text = f"port of the unit (default: as it was, or the kit's, {service.PORT})"
+    command.add_argument("--port", type=int, metavar="N", help=text)
     text = "update once a day from the signed repository at this address, by a systemd timer"
     command.add_argument("--updates", metavar="URL", help=text)
     text = "trust the repository of --updates with this root, the 1.root.json of `edgetune keys init`"
@@ -100,7 +101,7 @@ def _install(options: argparse.Namespace) -> None:
         raise BusyError("another deploy is sending a kit to this board", "wait until it ends")
     prefix = (options.prefix or versions.default_prefix(kit.name)).absolute()
     name = options.service or f"{service.NAME_START}{kit.name}"
-    unit, updates = _unit(options, kit, name), updates_from_options(options.updates, options.root, name)
+    unit, updates = _unit(options, kit, name, prefix), updates_from_options(options.updates, options.root, name)
     if unit is not None or updates is not None:
         service.require_prefix(prefix)
     if updates is not None:
@@ -124,13 +125,17 @@ def _install(options: argparse.Namespace) -> None:
     print(f"run: {prefix / versions.RUN_SCRIPT} info {prefix / versions.CURRENT / 'bundle'}")
 
 
-def _unit(options: argparse.Namespace, kit: Kit, name: str) -> service.Unit | None:
+def _unit(options: argparse.Namespace, kit: Kit, name: str, prefix: Path) -> service.Unit | None:
+    """The unit to run, if any; without --host and --port, one of this name listens where it did."""
     if options.service is None:
         if options.host is not None or options.port is not None:
             raise UsageError("--host and --port are those of a unit", "add --service")
         return None
-    port = kit.service["port"] if options.port is None else options.port
-    return service.unit_from_options(name, options.host or service.LOOPBACK, port)
+    before = service.installed(prefix, _say)
+    host, port = service.LOOPBACK, kit.service["port"]
+    if before is not None and before.name == name:
+        host, port = before.host, before.port
+    return service.unit_from_options(name, options.host or host, port if options.port is None else options.port)
 
 
 def _linger_warnings(unit: str) -> list[str]:
@@ -142,6 +147,8 @@ def _linger_warnings(unit: str) -> list[str]:
 
 def _check(options: argparse.Namespace) -> None:
     path = options.kit or _own_folder()
+    if not path.exists():
+        raise NotFoundError(f"there is no {path}", "give the folder of a kit, or its kit.json")
     kit = parse_kit(kit_text(path / KIT_NAME if path.is_dir() else path))
     prefix = options.prefix or versions.default_prefix(kit.name)
     facts = check.examine(prefix)
@@ -159,6 +166,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _rollback(options: argparse.Namespace) -> None:
     prefix = _prefix(options)
+    versions.require_installed(prefix)
     version = current.roll_back(prefix, current.WENT_BACK, _say)
     if options.json:
         _print({"version": version})

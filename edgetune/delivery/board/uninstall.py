@@ -6,7 +6,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from edgetune_runtime.errors import NotFoundError
 from edgetune_runtime.formats.atomic import TEMPORARY
 from edgetune_runtime.store import acknowledgement, files, service, timer, versions
 from edgetune_runtime.store.durable import LOCK_NAMES, changing, installing
@@ -21,10 +20,11 @@ INCOMING = "incoming"
 def uninstall(prefix: Path, say: Say) -> None:
     """Stop and remove the unit, then delete the versions; files of others in the prefix, and their unit, stay.
 
-    NotFoundError if nothing is installed there, and no deploy was cut off there.
+    NotFoundError if nothing is installed there, and no deploy was cut off there; UsageError for a unit of another
+    account.
     """
-    if not versions.is_installed(prefix):
-        raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
+    versions.require_installed(prefix)
+    timer.require_account(prefix)
     with installing(prefix), changing(prefix):
         for unit in service.of_prefix(prefix, say):
             if not unit.remove(prefix):

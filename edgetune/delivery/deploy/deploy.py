@@ -59,7 +59,7 @@ class Where:
 
 @dataclass(frozen=True)
 class UnitOptions:
-    """The unit to run: its name, and the address and port that it listens on, None for the board program's defaults."""
+    """The unit to run: its name, and the address and port that it listens on, None for those it has or the defaults."""
 
     name: str
     listen: str | None = None

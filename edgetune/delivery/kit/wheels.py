@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from edgetune_export.base_file.cache import make_in_cache
-from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UnreachableError, VerificationError
 from packaging.requirements import Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
@@ -74,7 +74,9 @@ class Wheel:
 
 
 def read_wheel(path: Path) -> Wheel:
-    """Read a wheel's metadata; VerificationError if the file is not a wheel."""
+    """Read a wheel's metadata; NotFoundError without the file, VerificationError if it is not a wheel."""
+    if not path.is_file():
+        raise NotFoundError(f"no wheel {path}", "check the path")
     try:
         parse_wheel_filename(path.name)
         with zipfile.ZipFile(path) as archive:

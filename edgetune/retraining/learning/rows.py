@@ -101,8 +101,9 @@ def learned_rows(
     kept = [row for row in kept if row.prompt_key not in corrected]
     # What other rows and conversations have, also in another case, is learned with them.
     known = answered_prompts(kept, prompt_of)
-    comparable = {plain[prompt]: None for prompt, row in corrected.items() if metrics.is_scorable(row, task.metric)}
-    held = {*[text for text in comparable if text not in known][::_HELD_OUT_PARTS]}
+    # A text after a result is learned, with what has its plain prompt.
+    known |= {plain[prompt] for prompt, row in corrected.items() if not metrics.is_scorable(row, task.metric)}
+    held = {*[text for text in dict.fromkeys(plain.values()) if text not in known][::_HELD_OUT_PARTS]}
     held_out = [row for prompt, row in corrected.items() if plain[prompt] in held]
     learned = [row for prompt, row in corrected.items() if plain[prompt] not in held]
     made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgetune_runtime.errors import EdgetuneError, NotFoundError
 from edgetune_runtime.threads.machine import free_mb
 
-from . import acknowledgement, service, trial, versions
+from . import acknowledgement, service, timer, trial, versions
 from .kit import Kit, read_installed
 from .service import Unit
 from .versions import Say
@@ -21,6 +21,7 @@ def activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
     `unit` serves it, by default the one that is installed. The lock of the prefix must be held. Raises
     VerificationError if the version, or its unit, does not answer as built: the previous version still runs then.
     """
+    timer.require_account(prefix)
     before, old_unit = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
     unit = unit or old_unit
     changed = before != kit.version or (unit is not None and unit.started_with(kit) != old_unit)
@@ -147,6 +148,7 @@ def roll_back_at_start(prefix: Path, *, say: Say) -> str:
 
 def _begin_rollback(prefix: Path, say: Say) -> tuple[Kit, Unit | None]:
     """The version to go back to, and the unit; what was counted of the current version is forgotten."""
+    timer.require_account(prefix)
     before = versions.before(prefix)
     if before is None:
         raise NotFoundError(f"{prefix} has no previous version", "install another one")

@@ -40,7 +40,12 @@ class Manager:
             raise IncompatibleError("this system has no systemctl", "install without --service") from error
         if process.returncode:
             reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            raise IncompatibleError(f"{' '.join(command)} failed: {reason}", "install without --service")
+            remedy = "install without --service"
+            if self.user and "Failed to connect" in reason:
+                remedy = (
+                    f"log in as {user_name()} itself, such as with ssh, use sudo for a unit of the system, or {remedy}"
+                )
+            raise IncompatibleError(f"{' '.join(command)} failed: {reason}", remedy)
         return process.stdout
 
     def file_of(self, unit: str) -> Path | None:
@@ -64,11 +69,15 @@ class Manager:
         return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
-def user_name() -> str:
-    """The name of the user that this process belongs to."""
+def user_name(uid: int | None = None) -> str:
+    """The name of a user, by default the one that this process belongs to; the number if it has none."""
     import pwd  # noqa: PLC0415 - Windows has none
 
-    return pwd.getpwuid(os.getuid()).pw_name
+    uid = os.getuid() if uid is None else uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def lingers() -> bool:

@@ -10,10 +10,10 @@ from pathlib import Path
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.type_checks import dataclass_of
 
-from . import versions
+from . import service, versions
 from .durable import write_text
 from .service import NAME, as_argument, escaped, is_of, names_by_files, owner_line
-from .systemd import Manager
+from .systemd import Manager, user_name
 from .versions import Say
 
 SETTINGS_NAME = "timer.json"
@@ -119,6 +119,18 @@ def _system_sandbox(prefix: Path) -> str:
     """What the update of a system may write: the prefix too, wherever it is."""
     is_temporary = any(prefix.resolve().is_relative_to(folder) for folder in _TEMPORARY)
     return _SYSTEM_SANDBOX.format(prefix=escaped(prefix), private_tmp="no" if is_temporary else "yes")
+
+
+def require_account(prefix: Path) -> None:
+    """UsageError if another service manager than that of this account runs the unit or the timer of this prefix."""
+    for name, read in ((service.SETTINGS_NAME, service.installed), (SETTINGS_NAME, installed)):
+        settings = read(prefix, lambda _: None)
+        if settings is None or settings.user == (os.geteuid() != 0):
+            continue
+        if (owner := (prefix / name).stat().st_uid) != os.geteuid():
+            user = user_name(owner)
+            message = f"{prefix / name} is of user {user}, whose systemd runs it"
+            raise UsageError(message, f"log in as {user}, such as with ssh, and give the command again")
 
 
 def installed(prefix: Path, say: Say) -> Timer | None:

@@ -239,9 +239,10 @@ def sweep(prefix: Path, say: Say, expected: Iterable[str] = ()) -> None:
     Store(prefix).sweep({file.sha256 for kit in kits for file in kit.version_files} | {*expected})
 
 
-def is_installed(prefix: Path) -> bool:
-    """Whether an install or an update has begun in this folder."""
-    return (prefix / INSTALLING_NAME).is_file() or bool(_folders(prefix))
+def require_installed(prefix: Path) -> None:
+    """NotFoundError if no install and no update has begun in this folder."""
+    if not (prefix / INSTALLING_NAME).is_file() and not _folders(prefix):
+        raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
 
 
 def discard_all(prefix: Path) -> None:

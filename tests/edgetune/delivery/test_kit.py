@@ -273,6 +273,7 @@ def test_the_base_has_the_licence_that_its_file_states(
         ({"python": "3.99"}, IncompatibleError, "for Python 3.99 on "),
         ({"engine": "torch"}, IncompatibleError, "no files for --engine torch"),
         ({"wheel": Path(__file__)}, VerificationError, "is not a wheel"),
+        ({"wheel": Path("nowhere.whl")}, NotFoundError, "no wheel nowhere.whl; check the path"),
         ({"board": "apple-m1"}, IncompatibleError, "apple-m1 runs macos, and kits are for Linux"),
         ({"board": "nowhere.toml"}, NotFoundError, "no board file nowhere.toml"),
     ],

@@ -22,6 +22,7 @@ from edgetune_runtime import cli
 from edgetune_runtime.store import acknowledgement, service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
+from edgetune_runtime.store.systemd import user_name
 from kills import KILLED, killed_at
 from kits import KitMaker, ask, contents, run, with_fields, write_bundle
 from ports import http_server
@@ -426,6 +427,42 @@ def test_a_server_that_others_can_reach_gets_a_key(
     before = keys.read_text()
     assert run("install", make("two"), *options, "--host", "0.0.0.0") == 0
     assert keys.read_text() == before
+    # It listens where it did unless an option says otherwise.
+    assert run("install", make("one"), "--prefix", prefix, "--service") == 0
+    unit = (systemd / "units/systemd/user/edgetune-home.service").read_text()
+    assert f"--host 0.0.0.0 --port {port} " in unit
+
+
+def test_a_user_without_a_session_is_told_to_log_in(
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (systemd / "systemctl").write_text("#!/bin/sh\necho 'Failed to connect to user scope bus' >&2\nexit 1\n")
+    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 5
+    user = user_name()
+    assert f"Failed to connect to user scope bus; log in as {user} itself, such as with ssh" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["install", "rollback", "uninstall"])
+def test_another_account_changes_nothing_that_the_unit_of_a_user_serves(
+    command: str,
+    make: KitMaker,
+    systemd: Path,
+    port: int,
+    prefix: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kit = make("one")
+    assert run("install", kit, "--prefix", prefix, "--service", "--port", port) == 0
+    if os.getuid() == 0:
+        os.chown(prefix / "service.json", 4321, -1)
+    user = user_name((prefix / "service.json").stat().st_uid)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert run(command, *([make("two")] if command == "install" else []), "--prefix", prefix) == 2
+    told = f"{prefix / 'service.json'} is of user {user}, whose systemd runs it; log in as {user}, such as with ssh"
+    assert told in capfd.readouterr().err
+    assert (ask(prefix), served(port)) == ("one", "one")
+    assert (systemd / "units/systemd/user/edgetune-home.service").is_file()
 
 
 @pytest.mark.parametrize(

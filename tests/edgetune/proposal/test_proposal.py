@@ -194,7 +194,7 @@ def test_nothing_is_inferred_from_rows_of_weight_0(write: Write, propose: Make) 
     path = write("kind.jsonl", [*KINDS, {"text": "note it", "label": "ordr", "weight": 0}])
     labels = propose(path).adapters["kind"].labels
     assert labels and "ordr" not in labels
-    with pytest.raises(UsageError, match="all 21 rows, such as .*, have weight 0"):
+    with pytest.raises(UsageError, match=r"all 21 rows, such as .*, have weight 0"):
         propose(write("kind.jsonl", [{**row, "weight": 0} for row in [*KINDS, KINDS[0]]]))
 
 

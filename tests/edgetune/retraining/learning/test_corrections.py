@@ -229,9 +229,11 @@ def test_answers_that_are_not_right_without_what_was_redacted_are_left_out(tmp_p
 def test_texts_after_a_result_are_learned_and_not_compared_where_any_is_right(tmp_path: Path) -> None:
     task, told = task_of(tmp_path), {"role": "tool", "name": "lamp", "content": "broken"}
     entries = [logged(n, [asked(f"dim {n}"), called("on"), told], f"{n} is broken.", TOOLS) for n in range(8)]
+    again = {**told, "content": "Broken!"}
+    entries.append(logged(7, [asked("dim 0"), called("on"), again], call_text("off"), TOOLS))
     entries += [logged(n, [asked(f"dim {n}")], call_text("on"), TOOLS) for n in range(8, 12)]
     rows = learned_rows(task, entries)
-    assert task.metric == "json" and [row.where for row in rows.held_out] == ["log:a8"] and rows.learned == 11
+    assert task.metric == "json" and [row.where for row in rows.held_out] == ["log:a8"] and rows.learned == 12
     doubt = next(iter(doubts(task, rows)))
     assert "8 corrections, such as log:a0, are learned, but not compared: any text is right after" in doubt
 
