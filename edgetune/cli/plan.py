@@ -117,6 +117,13 @@ def _cells(adapter: AdapterPlan) -> list[str]:
         "-" if rows is None else f"{rows.train} + {rows.validation}",
         "-" if rows is None else f"{rows.longest_tokens}",
         "-" if rows is None else f"{rows.steps}",
-        adapter.metric,
-        f"{len(adapter.labels)} labels" if adapter.labels else adapter.output.kind if adapter.output else "free",
+        # Of an adapter that the bundle has already, its manifest knows.
+        "-" if rows is None else adapter.metric,
+        "-"
+        if rows is None
+        else f"{len(adapter.labels)} labels"
+        if adapter.labels
+        else adapter.output.kind
+        if adapter.output
+        else "free",
     ]

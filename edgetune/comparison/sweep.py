@@ -21,7 +21,7 @@ from edgetune.planning.quantization import quantizations_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.data import read_rows
-from edgetune.tasks.metrics import answers_to_score, check_scorable
+from edgetune.tasks.metrics import checked_answers
 from edgetune.tasks.negatives import given
 from edgetune.tasks.plain_prompts import answered_prompts, plain_prompt
 from edgetune.tasks.task import Task, read_task
@@ -132,10 +132,12 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
 def _source(data: str | None, task: Task) -> str:
     """The rows to score, with how many of them say little."""
     if data is None:
+        if not task.validation_answers:
+            message = f"none of {len(task.validation)} validation rows of {task.name!r} can be scored by {task.metric}"
+            raise UsageError(message, "give rows with --data, or choose another metric")
         return "its validation data"
     rows = read_rows(data, task.spec.data.columns, labels=task.labels or None)
-    scored = answers_to_score(rows, task.metric)
-    check_scorable(scored, task.metric)
+    scored = checked_answers(rows, task.metric)
     learned = answered_prompts(task.trained_rows)
     both = sum(plain_prompt(answer) in learned for answer in scored)
     doubt = (

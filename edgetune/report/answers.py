@@ -47,6 +47,7 @@ def score_adapters(
             for task in tasks:
                 rows = task.validation_answers
                 if not rows:
+                    progress.say(f"{task.name}: no validation row can be scored by {task.metric}")
                     continue
                 evaluation = score(runtime, task.name, rows, progress, limit=limit)
                 is_chosen = _training_of(manifest, task.name).get("checkpoint") != "last"

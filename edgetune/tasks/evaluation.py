@@ -202,8 +202,8 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
 
 
 def text_to_score(reply: Answer) -> str:
-    """An answer as `answer_text` writes it; a call that was cut off is one too, so that it never counts as none."""
-    if reply.is_cut_off and reply.text.strip() != reply.content.strip():
+    """An answer as `answer_text` writes it; a call that cannot be read is one too, so that it never counts as none."""
+    if reply.text.strip() != reply.content.strip() and (reply.is_cut_off or not reply.tool_calls):
         return json.dumps({"tool_calls": [reply.text]}, ensure_ascii=False)
     return answer_text(reply.content, [(call.name, call.arguments) for call in reply.tool_calls])
 
@@ -234,9 +234,7 @@ def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -
     labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
     rows = _read(source, columns, labels)
     metric = metrics.metric_for(_metric(entry), rows, labels)
-    rows = metrics.answers_to_score(rows, metric)
-    metrics.check_scorable(rows, metric)
-    return rows, metric
+    return metrics.checked_answers(rows, metric), metric
 
 
 def _read(source: str | Rows, columns: Columns | None, labels: Sequence[str] | None) -> list[TaskRow]:

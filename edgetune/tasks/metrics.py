@@ -104,6 +104,16 @@ def is_scorable(row: TaskRow, metric: Metric) -> bool:
     return not isinstance(_parsed(row.completion), ValueError)
 
 
+def checked_answers(rows: Sequence[TaskRow], metric: Metric) -> list[TaskRow]:
+    """`answers_to_score` of these rows; UsageError where the metric can compare none of them, or not one of them."""
+    answers = answers_to_score(rows, metric)
+    if rows and not answers:
+        reason = f"none of {len(rows)} rows, such as {rows[0].where}, can be scored by {metric}"
+        raise UsageError(f"{reason}: any text is right after a tool's result", "give others, or choose another metric")
+    check_scorable(answers, metric)
+    return answers
+
+
 def check_scorable(rows: Sequence[TaskRow], metric: Metric) -> None:
     """UsageError for a row with whose answer the metric can compare none, and without rows."""
     if not rows:

@@ -27,7 +27,8 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int, metric: Metric) -
     most = min(max(1, round(held_out * len(rows))), len(rows) - 1)
     groups = _grouped(rows, most, metric)
     if len(groups) < 2:
-        alike = "with the same prompt" if len(set(map(plain_prompt, rows))) == 1 else "of one conversation"
+        prompts = {plain_prompt(asked(row, metric)) for row in rows}
+        alike = "with the same prompt" if len(prompts) == 1 else "of one conversation"
         problem = f"{len(rows)} rows {alike}" if len(rows) > 1 else f"only {len(rows)} row"
         raise UsageError(
             f"{problem} cannot be split for validation", "add rows, or set `validation` to a separate file"
@@ -80,7 +81,8 @@ def conversations(answers: Sequence[TaskRow]) -> list[str]:
     on with in different ways, such as a greeting.
     """
     places = [place_of_row(answer.where) for answer in answers]
-    prompts = {place: [*map(plain_prompt, row.beginnings)] for place, row in zip(places, answers, strict=True)}
+    lasts = dict(zip(places, answers, strict=True))
+    prompts = {place: [*map(plain_prompt, row.beginnings)] for place, row in lasts.items()}
     ends, nexts = dict[str, str](), defaultdict[str, set[str]](set)
     for place, (*_, last) in prompts.items():
         ends.setdefault(last, place)
@@ -98,11 +100,21 @@ def _grouped(rows: Sequence[TaskRow], most: int, metric: Metric) -> list[list[in
     """The positions of the rows, together where the plain prompt is the same or they begin the same conversation.
 
     System prompts, which may differ in the date alone, count only among more than `most` rows that are otherwise the
-    same: there they may be what the prompt is about.
+    same: there they may be what the prompt is about. Rows with the same earlier call are together too, where there are
+    at most so many.
     """
-    rows = [asked(row, metric) for row in rows]
-    groups = _alike([*map(without_system, rows)], range(len(rows)))
-    return [part for group in groups for part in ([group] if len(group) <= most else _alike(rows, group))]
+    last = [asked(row, metric) for row in rows]
+    groups = _alike([*map(without_system, last)], range(len(rows)))
+    groups = [part for group in groups for part in ([group] if len(group) <= most else _alike(last, group))]
+    joined: dict[int, list[int]] = {place: group for group in groups for place in group}
+    first = dict[str, int]()
+    for place, row in enumerate(rows):
+        for call in (answer for answer in row.answers[:-1] if answer.turn is not None):
+            one, other = joined[first.setdefault(plain_prompt(call), place)], joined[place]
+            if one is not other and len(one) + len(other) <= most:
+                one += other
+                joined |= dict.fromkeys(other, one)
+    return [*{id(group): group for group in joined.values()}.values()]
 
 
 def _alike(rows: Sequence[TaskRow], places: Sequence[int]) -> list[list[int]]:

@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/home-rows"))
     given = parser.parse_args()
+    if not 0 <= given.share <= 1:
+        parser.error(f"--share {given.share} is not from 0 to 1")
     given.out.mkdir(parents=True, exist_ok=True)
     home = load_home(given.home)
     excluded = sentences_of(given.exclude) if given.exclude else frozenset()

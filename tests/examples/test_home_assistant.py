@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -139,6 +140,26 @@ def test_some_templates_of_each_large_group_are_kept_out_of_training() -> None:
 def test_the_home_is_read_as_home_assistant_lists_it() -> None:
     for home in homes():
         assert read_home(system_of(home)) == home
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "No such file"),
+        ("devices: [", "while parsing a flow node"),
+        ("", "has no devices"),
+        ("devices: x", "has no list of devices"),
+        ("devices: [{domain: light}]", "device 1 has no name"),
+        ("devices: [{name: Lamp, domain: lights}]", "'Lamp' has the domain 'lights'; use one of: light, switch"),
+        ("devices: [{name: Lamp, domain: light, area: Den}]", "'Lamp' is in the area 'Den'; add it under `areas`"),
+    ],
+)
+def test_a_wrong_home_is_one_line(text: str | None, told: str, tmp_path: Path) -> None:
+    home = tmp_path / "home.yaml"
+    if text is not None:
+        home.write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(f"{home}: ") + ".*" + re.escape(told)):
+        load_home(home)
 
 
 def test_a_list_that_is_no_yaml_is_read_line_by_line() -> None:

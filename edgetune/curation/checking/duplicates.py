@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgetune.recipe.parts import Metric
 from edgetune.tasks.data import EARLIER_ANSWER, TaskRow
-from edgetune.tasks.metrics import compared_answers
+from edgetune.tasks.metrics import asked, compared_answers
 from edgetune.tasks.plain_prompts import plain, plain_prompt, without_system
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TEST, TRAIN, VALIDATION, Finding, SplitRow
@@ -36,9 +36,7 @@ _MOST_CHARACTERS = 2000
 def duplicates(rows: Sequence[SplitRow], metric: Metric, *, has_one_answer: bool) -> Iterator[Finding]:
     """The problems with prompts of these rows; `has_one_answer`: a prompt has only one right answer."""
     groups = _grouped(rows, prompt_key)
-    earlier = _grouped(
-        (SplitRow(TRAIN, turn) for item in rows if item.split == TRAIN for turn in item.row.answers[:-1]), prompt_key
-    )
+    earlier = _grouped(_learned_earlier(rows, metric), prompt_key)
     for key, same in groups.items():
         yield from _of_one_prompt(same, earlier.get(key, ()), has_one_answer=has_one_answer)
     for key, same in _grouped(_scored_earlier(rows, metric), prompt_key).items():
@@ -55,6 +53,15 @@ def duplicates(rows: Sequence[SplitRow], metric: Metric, *, has_one_answer: bool
             elif len(set(map(_answer_of, cluster))) == 1:
                 yield Finding.of(NEAR_REPEAT, cluster)
     yield from _under_other_systems(rows, has_one_answer=has_one_answer)
+
+
+def _learned_earlier(rows: Sequence[SplitRow], metric: Metric) -> Iterator[SplitRow]:
+    """The answers before the last one of training conversations; the last that a score compares is where its row is."""
+    for item in rows:
+        if item.split == TRAIN:
+            last = asked(item.row, metric).where
+            for turn in item.row.answers[:-1]:
+                yield SplitRow(TRAIN, replace(turn, where=item.row.where) if turn.where == last else turn)
 
 
 def _scored_earlier(rows: Sequence[SplitRow], metric: Metric) -> Iterator[SplitRow]:

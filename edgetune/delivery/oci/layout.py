@@ -89,6 +89,8 @@ class ImageLayout:
 
     def _digest_of_tag(self) -> str:
         tags = {_tag_of(item): item["digest"] for item in self._index()}
+        if not (self._folder / _INDEX_NAME).exists():
+            raise NotFoundError(f"there is no image layout {self._folder}", "check the path")
         if self.reference.tag not in tags:
             names = first_of(sorted(filter(None, tags)), 10, ", ") or "none"
             message = f"{self._folder} has no tag {self.reference.tag}"

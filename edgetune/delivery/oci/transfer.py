@@ -193,12 +193,22 @@ def _fetch_manifest(
         if received.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
             received.receive(entry.sha256, entry.bytes, partial(store.blocks, entry), _GOES_ON)
     _place(received, others, folder)
-    manifest = with_present_formats(read_signed_manifest(folder, trusted_keys), files.__contains__)
+    with naming(store.reference, folder):
+        manifest = with_present_formats(read_signed_manifest(folder, trusted_keys), files.__contains__)
     wrong = [name for name, entry in manifest.files.items() if files.get(name) != entry]
     if wrong:
         message = f"{store.reference} does not have {wrong[0]} as its bundle's manifest describes it"
         raise VerificationError(message, "push the bundle again")
     return manifest
+
+
+@contextmanager
+def naming(reference: Reference, folder: Path) -> Iterator[None]:
+    """An error about a bundle names what it was fetched from in place of its temporary folder."""
+    try:
+        yield
+    except VerificationError as error:
+        raise VerificationError(error.message.replace(str(folder), str(reference)), error.remedy) from error
 
 
 def _place(received: Store, files: Mapping[str, FileEntry], folder: Path) -> None:

@@ -13,7 +13,7 @@ from edgetune_runtime.update.release import BLOBS_FOLDER
 
 from edgetune.common.progress import Progress
 from edgetune.delivery.oci.artifact_store import ArtifactStore
-from edgetune.delivery.oci.transfer import pull
+from edgetune.delivery.oci.transfer import naming, pull
 
 from .key_folder import KeyFolder
 from .publish import locked
@@ -39,7 +39,8 @@ def fetched(
         pull(store, bundle, progress, trusted_keys=trusted_keys, blobs=repo / BLOBS_FOLDER)
         try:
             if trusted_keys is None and store.reference.digest is None:
-                read_signed_manifest(bundle, keys.trusted_keys(keys.role_of(read_manifest(bundle).name)))
+                with naming(store.reference, bundle):
+                    read_signed_manifest(bundle, keys.trusted_keys(keys.role_of(read_manifest(bundle).name)))
             yield bundle
         finally:
             shutil.rmtree(bundle.parent)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ from edgetune_runtime.wording import printable, shortened
 from edgetune.common.files import write_file
 from edgetune.recipe.output import AUTO
 from edgetune.recipe.parts import Metric
+from edgetune.tasks.data import text_of_turn
 
 from .corrections import is_redacted_as_a_whole, problem_with, row_of, unfit
 
@@ -139,8 +141,10 @@ def _output(stored: str) -> OutputSpec:
 
 
 def _asked(entry: LoggedAnswer) -> str:
-    """What the user said last, which results of tools may follow."""
-    return last_user_text(list(entry.messages)) or str(entry.messages[-1]["content"])
+    """What the user said last, and the calls and results that follow."""
+    after = reversed([*takewhile(lambda message: message["role"] != "user", reversed(entry.messages))])
+    steps = [f" → {text_of_turn(message)}" for message in after if message["role"] in ("assistant", "tool")]
+    return "".join([last_user_text(list(entry.messages)) or "", *steps]) or str(entry.messages[-1]["content"])
 
 
 def logged(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:

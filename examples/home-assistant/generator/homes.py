@@ -41,14 +41,23 @@ def invent(rng: random.Random) -> Home:
 
 
 def load_home(path: Path) -> Home:
-    """The user's home: areas and devices as in home.yaml, or a list as in Home Assistant's prompt."""
-    text = path.read_text(encoding="utf-8")
-    content = yaml.safe_load(text)
+    """The user's home: areas and devices as in home.yaml, or a list as in Home Assistant's prompt.
+
+    SystemExit with what is wrong with the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        return Home(read_devices(text))
+        home = Home(read_devices(text))
+        if not home.devices:
+            raise SystemExit(f"{path}: has no devices; write it like home.yaml")
+        return home
     areas: Mapping[str, Mapping[str, Any]] = content.get("areas") or {}
     devices = []
-    for entry in content["devices"]:
+    for entry in _entries(path, content.get("devices")):
         area = entry.get("area")
         if area is not None and area not in areas:
             raise SystemExit(f"{path}: {entry['name']!r} is in the area {area!r}; add it under `areas`")
@@ -56,6 +65,20 @@ def load_home(path: Path) -> Home:
         names = (entry["name"], *entry.get("aliases", ()))
         devices.append(Device(names, entry["domain"], (area, *aliases) if area else ()))
     return Home(tuple(sorted(devices, key=lambda device: device.name)), content.get("here"))
+
+
+def _entries(path: Path, devices: object) -> list[Mapping[str, Any]]:
+    """The devices of a file; SystemExit for one without a name, or of a domain that Home Assistant does not send."""
+    if not isinstance(devices, list) or not devices:
+        raise SystemExit(f"{path}: has no list of devices under `devices`")
+    domains = [*PLACED, *PLACELESS]
+    for number, entry in enumerate(devices, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise SystemExit(f"{path}: device {number} has no name")
+        if entry.get("domain") not in domains:
+            known = ", ".join(domains)
+            raise SystemExit(f"{path}: {entry['name']!r} has the domain {entry.get('domain')!r}; use one of: {known}")
+    return devices
 
 
 def fill(pattern: str, rng: random.Random, area: str = "") -> str:

@@ -26,7 +26,7 @@ def bind(host: str, port: int) -> Listener:
         return Listener(socket.create_server(address[:2], family=family))
     except OSError as error:
         message = f"cannot listen on {host}, port {port}: {error.strerror}"
-        raise UsageError(message, "choose another --host or --port; port 0 takes a free one") from error
+        raise UsageError(message, "choose another address or port; port 0 takes a free one") from error
 
 
 def can_be_reached(host: str) -> bool:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -118,6 +119,8 @@ def test_what_is_not_there_is_said_in_one_line(place: str, bundle: Path, tmp_pat
         pull(f"{place}:v2", tmp_path / "out")
     with pytest.raises(NotFoundError):
         pull(f"{place}@sha256:{'0' * 64}", tmp_path / "out")
+    with pytest.raises(NotFoundError, match=r"there is no image layout .*none; check the path"):
+        pull(f"oci-layout:{tmp_path / 'none'}:v1", tmp_path / "out")
     with pytest.raises(UsageError, match="has no tag; push to a tag"):
         push(bundle, f"{place}@sha256:{'0' * 64}")
     assert not (tmp_path / "out").exists()
@@ -128,7 +131,7 @@ def test_a_bundle_that_the_keys_have_not_signed_is_refused_before_its_files_are_
 ) -> None:
     keys = make_keys(tmp_path / "keys").folder / "trusted-keys.json"
     push(bundle, f"{place}:v1")
-    with pytest.raises(VerificationError, match=r"is not signed: it has no manifest.json.sig"):
+    with pytest.raises(VerificationError, match=rf"^{re.escape(place)}:v1 is not signed: it has no manifest.json.sig"):
         pull(f"{place}:v1", tmp_path / "out", trusted_keys=keys)
     fetched = {path.name for path in (tmp_path / ".out.pull/files").iterdir()}
     assert fetched == {hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()}

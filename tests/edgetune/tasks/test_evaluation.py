@@ -237,6 +237,9 @@ def test_calls_are_compared_by_name_and_arguments(
     half = replace(cut_off, content="", text="stop, and sto", tool_calls=(answered,))
     whole = replace(half, stop_reason="end")
     assert metrics.score("json", [*map(text_to_score, (half, whole))], [text_to_score(whole)] * 2)[1] == [0, 1]
+    # A call that cannot be read is one, though an app does not get it.
+    unread = replace(half, stop_reason="end", tool_calls=(), text='stop {"n": 1e999}')
+    assert metrics.score("json", [text_to_score(unread)], ["No."], offers_tools=[True])[0] == 0
     # A call that has begun is not an answer without any.
     assert metrics.score("json", [text_to_score(cut_off)], ["No."], offers_tools=[True])[0] == 0
     assert metrics.score("json", [text_to_score(answer)], ["No."], offers_tools=[True])[0] == 1

@@ -12,7 +12,7 @@ from recipes import thermometers
 
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, read_rows
-from edgetune.tasks.metrics import answers_to_score, asked, is_scorable, labels_in, metric_for, score
+from edgetune.tasks.metrics import answers_to_score, asked, checked_answers, is_scorable, labels_in, metric_for, score
 from edgetune.tasks.plain_prompts import answered_prompts
 
 
@@ -184,6 +184,10 @@ def test_a_question_back_is_compared_and_what_is_said_of_a_result_is_not() -> No
     assert answers_to_score([row], "rouge_l") == row.answers and asked(row, "rouge_l") == row
     unlearned = row.with_turns([{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in row.turns])
     assert not answers_to_score([unlearned], "json") and not is_scorable(unlearned, "json")
+    with pytest.raises(
+        UsageError, match="none of 1 rows, such as x row 1, can be scored by json: any text is right after a"
+    ):
+        checked_answers([unlearned], "json")
 
 
 def test_conversations_are_scored_by_each_answer_that_the_metric_compares() -> None:

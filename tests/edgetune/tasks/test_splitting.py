@@ -102,6 +102,22 @@ def test_rows_per_turn_of_calls_and_results_are_of_one_conversation() -> None:
     assert conversations(answers_to_score(rows, "json")) == [places[0], places[0], places[2]]
 
 
+def test_conversations_with_the_same_first_call_are_in_one_fold_where_they_are_few() -> None:
+    rows = thermometers(40, 20)
+    for row in rows:
+        # The result of the first call is in the prompt of the last one.
+        row["messages"][3:3] = row["messages"][1:3]
+    read = read_rows(Rows.of("x", rows))
+    for fold in folds_of(read, 4, 0, "json"):
+        others = [row for row in read if row not in fold]
+        assert len(fold) == 10 and not {r.turns[0]["content"].lower() for r in fold} & {
+            r.turns[0]["content"].lower() for r in others
+        }
+    same = read_rows(Rows.of("x", thermometers(3, 1)))
+    with pytest.raises(UsageError, match="3 rows with the same prompt cannot be split"):
+        split(same, 0.2, 0, "json")
+
+
 def test_rows_that_all_begin_with_one_are_halved_all_the_same() -> None:
     rows = [conversation([("hi", "hello"), (f"do {n}", f"did {n}")][: 2 if n else 1]) for n in range(61)]
     assert sorted(map(len, halves(rows, 0, "exact"))) == [30, 31]

@@ -21,6 +21,7 @@ from trainings import QUIET
 from edgetune.building.pipeline import build
 from edgetune.retraining.learning.corrections import corrected_rows
 from edgetune.retraining.learning.learn import learn, read_logs
+from edgetune.retraining.learning.questions import ask
 from edgetune.retraining.learning.rows import TooFewCorrectionsError, doubts, learned_rows
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.splitting import conversations
@@ -252,6 +253,14 @@ def test_several_corrected_answers_of_a_conversation_count_as_one_row(tmp_path: 
     rows = learned_rows(task, entries)
     assert [row.where for row in rows.held_out] == ["log:a0", "log:a4", "log:a8", "log:a12"]
     assert conversations(rows.held_out) == ["log:a0"] * 4
+
+
+def test_an_answer_is_asked_about_with_the_result_that_it_is_about() -> None:
+    result = {"role": "tool", "name": "lamp", "content": "broken"}
+    entry = replace(logged(0, [asked("dim it"), called("on"), result], "", TOOLS), answer="Done.", correction=None)
+    shown = list[str]()
+    assert not [*ask([entry], lambda question: shown.append(question) or "q\n", MANIFEST)]
+    assert f"asked     dim it → {call_text('on')} → broken\n  answered  Done." in shown[0]
 
 
 def test_calls_are_learned_from_a_log(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
