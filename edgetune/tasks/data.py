@@ -215,11 +215,11 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
     if columns is None:
         keys = ", ".join(map(str, values)) or "none"
         raise BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
-    row = _mapped_row(where, values, columns)
-    if labels is not None:
-        row = _with_label(row, labels)
-    value = values.get(columns.weight)
-    return row if value in (None, "") else replace(row, weight=_weight(value, columns.weight))
+    row, value = _mapped_row(where, values, columns), values.get(columns.weight)
+    if value not in (None, ""):
+        row = replace(row, weight=_weight(value, columns.weight))
+    # One of weight 0 is left out, whatever its label.
+    return _with_label(row, labels) if labels is not None and row.weight else row
 
 
 def _mapped_row(where: str, values: Mapping[str, Any], columns: Columns) -> TaskRow:

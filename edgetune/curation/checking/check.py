@@ -19,7 +19,7 @@ from edgetune.recipe.data import Columns, DataSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.rows import Rows
-from edgetune.tasks.data import TaskRow, rows_of, with_weight
+from edgetune.tasks.data import TaskRow, rows_of
 from edgetune.tasks.estimate import estimated_tokens
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, without_json
 from edgetune.tasks.row_files import DELIMITERS, entries
@@ -183,7 +183,7 @@ class _LenientReader:
                 rows += rows_of(source, [(where, values)], columns, labels=labels)
             except UsageError as error:
                 self.problems.append((where, error.message.removeprefix(f"{where}: ")))
-        return with_weight(rows)
+        return [row for row in rows if row.weight]
 
     @contextmanager
     def naming_problems(self) -> Iterator[None]:

@@ -158,7 +158,7 @@ class AnswerLog:
             recent = self._recent.get(answer_id)
         if recent is None:
             message = f"no answer {answer_id!r} among the last ones"
-            raise NotFoundError(message, "correct an answer soon after it was given")
+            raise NotFoundError(message, "correct an answer that was logged, soon after it was given")
         return recent
 
     def _write(self, entry: LoggedAnswer, shown: str | None) -> None:

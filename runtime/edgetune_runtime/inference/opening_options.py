@@ -244,6 +244,9 @@ def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
         raise UsageError(f"learn_drafts is {learn_drafts!r}, and drafts is False", "leave out one of them")
     if options.get("trusted_keys") is not None and not options.get("verify", True):
         raise UsageError("trusted_keys is given, and verify is False", "leave out one of them")
+    for name in ("repack", "verify", "exact", "map_large_blocks", "drafts"):
+        if options.get(name) not in (None, True, False):
+            raise UsageError(f"{name} is {options.get(name)!r}", "give True or False")
     # Without a limit, merged models use what memory is free.
     sizes = {name: options.get(name, 0) for name in _SIZES} | {"merged_mb": options.get("merged_mb") or 0}
     for name, size_mb in sizes.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.type_checks import dataclass_of
 
 from . import service, versions
@@ -108,6 +109,10 @@ class Timer:
         timer = f"{self.name}.timer"
         if self.manager.folder / timer in own:
             self.manager.call("disable", "--quiet", "--now", timer)
+        for word in ("stop", "reset-failed") if own else ():
+            # A unit that neither runs nor has failed may not be loaded.
+            with suppress(IncompatibleError):
+                self.manager.call(word, f"{self.name}.service")
         # The timer last, so that a removal that was cut off can be run again.
         for path in reversed(own):
             path.unlink()

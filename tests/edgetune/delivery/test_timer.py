@@ -41,7 +41,9 @@ def test_a_kit_follows_a_repository_until_it_is_removed(
     assert run("install", make("three"), "--prefix", prefix) == 0
     assert len(list(units.iterdir())) == 2
     assert run("uninstall", "--prefix", prefix) == 0
-    assert "--user disable --quiet --now edgetune-home-update.timer" in (systemd / "calls").read_text()
+    calls = (systemd / "calls").read_text()
+    assert "--user disable --quiet --now edgetune-home-update.timer" in calls
+    assert "--user reset-failed edgetune-home-update.service" in calls
     assert list(units.iterdir()) == [] and not prefix.exists()
 
 

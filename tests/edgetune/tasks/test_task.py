@@ -6,6 +6,7 @@ import pytest
 from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, lights, make_recipe, thermometers
 
+from edgetune.tasks.data import read_rows
 from edgetune.tasks.plain_prompts import answered_prompts
 from edgetune.tasks.task import Task, read_task
 
@@ -44,6 +45,8 @@ def test_rows_of_weight_0_are_not_measured_and_name_no_label(tmp_path: Path) -> 
     )
     assert task.labels == ("off", "on") and (len(task.train), len(task.validation)) == (48, 12)
     assert {row.completion for row in (*task.validation_answers, *task.confidence_rows)} == {"off", "on"}
+    # Also with the labels of a bundle.
+    assert len(read_rows(str(tmp_path / "rows.jsonl"), labels=["off", "on"])) == 60
 
 
 def test_calls_that_were_learned_give_no_confidence_and_are_doubted(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_what_is_larger_than_the_limit_is_refused(
         ({"preload": 5}, UsageError, "preload is 5; give a list of adapters"),
         ({"contexts": "2"}, UsageError, "contexts is '2'; give a whole number of at least 1"),
         ({"contexts": 0}, UsageError, "contexts is 0; give a whole number of at least 1"),
+        ({"repack": "x"}, UsageError, "repack is 'x'; give True or False"),
         ({"threads": 1.5}, UsageError, "threads is 1.5; give a whole number of at least 1"),
         ({"max_waiting": math.nan}, UsageError, "max_waiting is nan; give a whole number of at least 0"),
         ({"context_length": "256"}, UsageError, "context_length is '256'; give 2 to 512"),
