@@ -40,8 +40,9 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
 
     candidates = [] if header is None else candidates_of(recipe, header)
     usable, choice, settings = quantizations_of(recipe, candidates), None, dict[str, Any]()
-    if recipe.device is not None and header is not None:
-        lengths = [recipe.context_length] if "context_length" in recipe.model_fields_set else fit.CONTEXT_LENGTHS
+    if recipe.device is not None and source is not None and header is not None:
+        is_set, longest = "context_length" in recipe.model_fields_set, source.trained_context_length
+        lengths = [recipe.context_length] if is_set else [*dict.fromkeys(min(n, longest) for n in fit.CONTEXT_LENGTHS)]
         choice = fit.choose(boards.load(recipe.device), needs_of, usable, lengths)
         usable, threads = choice.usable, recipe.threads or choice.board.cores
         candidates = [item for item in candidates if item.quantization in usable]

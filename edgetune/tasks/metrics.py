@@ -70,7 +70,7 @@ def compared_answers(row: TaskRow, metric: Metric) -> list[TaskRow]:
 
 
 def asked(row: TaskRow, metric: Metric) -> TaskRow:
-    """The last answer of a row that the metric compares, whose prompt a row for validation has to itself."""
+    """The last answer of a row that the metric compares, or the row; no row for training may have its prompt."""
     return next(reversed(compared_answers(row, metric)), row)
 
 

@@ -65,8 +65,8 @@ def _learned_earlier(rows: Sequence[SplitRow], metric: Metric) -> Iterator[Split
 
 
 def _scored_earlier(rows: Sequence[SplitRow], metric: Metric) -> Iterator[SplitRow]:
-    """The answers before the last one of conversations, with which a score compares: in a test file all, else the last
-    of them, as a build leaves out those before it that are learned."""
+    """The answers before the last one that a score of conversations compares: all of a test file, and else the last of
+    a row, as a build does not score those before it that are learned."""
     for item in rows:
         if item.split != TRAIN:
             scored = compared_answers(item.row, metric)

@@ -83,6 +83,9 @@ def test_a_plan_and_its_change_of_quantization_read_the_header_once(
     planned = with_quantization(plan_build(recipe), "q4_0", tmp_path / "home")
     assert planned.plan.base.quantization == "q4_0"
     assert read == [base]
+    # The longest context that the board's choice tries is that which the base was trained for.
+    board = planned.plan.board
+    assert board is not None and "with a context of 512 tokens is the best that fits" in board.reason
 
 
 def test_every_adapter_with_modules_that_the_base_lacks_is_named(
