@@ -7,9 +7,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 
-from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import is_deeper, json_or_none
 from edgetune_runtime.tools.calls import is_text_of_call
 from edgetune_runtime.tools.formats import SEPARATORS
@@ -110,17 +108,12 @@ def bad_call(row: TaskRow) -> str | None:
     """Which function an answer with calls calls with arguments that its schema does not allow."""
     assert row.turn is not None
     assert row.tools is not None
-    schemas = {tool.name: json.dumps(tool.schema) for tool in row.tools.tools}
+    tools = {tool.name: tool for tool in row.tools.tools}
     for call in row.turn["tool_calls"]:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        if not _spec_of(schemas[name]).accepts(json.dumps(arguments, ensure_ascii=False)):
+        if not tools[name].accepts(arguments):
             return f"the arguments of {name} break its schema, or come in another order"
     return None
-
-
-@lru_cache(maxsize=256)
-def _spec_of(schema: str) -> OutputSpec:
-    return output_of(schema=schema)
 
 
 def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:

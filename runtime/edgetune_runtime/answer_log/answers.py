@@ -15,6 +15,8 @@ from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import shortened, suggestion
 
+from .redaction import REDACTED
+
 _CALLS = 'write calls as {"tool_calls": [{"name": NAME, "arguments": {…}}]}'
 
 
@@ -64,8 +66,8 @@ class LoggedAnswer:
     def message_of(self, text: str) -> Message:
         """The assistant's message of a text as in `answer` and `correction`.
 
-        UsageError for calls of tools in another form, for those of anything but the tools, for any without tools, and
-        for JSON with a number such as 1e999.
+        UsageError for calls of tools in another form, for those of anything but the tools or with other arguments than
+        their schemas allow, for any without tools, and for JSON with a number such as 1e999.
         """
         value = json_or_none(text)
         if isinstance(value, dict | list) and not _is_finite(value):
@@ -96,6 +98,9 @@ class LoggedAnswer:
             if tool is None:
                 raise UsageError(f"{name!r} is not one of the tools", suggestion(name, [*tools]))
             function["arguments"] = tool.ordered(function["arguments"])
+            # In place of what was redacted, a schema may want a number.
+            if REDACTED not in text and not tool.accepts(function["arguments"]):
+                raise UsageError(f"the arguments of {name} break its schema: {shortened(text, 80)!r}", "correct them")
         return turn
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from edgetune_runtime.decoding.output import output_of, spec_of
+from edgetune_runtime.decoding.output import OutputSpec, output_of, spec_of
 from edgetune_runtime.decoding.schema import closed
 from edgetune_runtime.errors import UsageError, importing, naming
 from edgetune_runtime.wording import first_line, suggestion
@@ -43,6 +43,10 @@ class Tool:
         """The arguments as a model that is held to the schema writes them: fields in its order, whole numbers plain."""
         written: dict[str, Any] = _ordered(arguments, self.schema)
         return written
+
+    def accepts(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a model that is held to the schema can write these arguments."""
+        return _spec_of(json.dumps(self.schema)).accepts(json.dumps(arguments, ensure_ascii=False))
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,11 @@ def _tool(number: int, value: object) -> Tool:
     with naming_parameters(name):
         spec_of(schema=schema)
     return Tool(name, {"type": "function", "function": definition}, closed(schema))
+
+
+@lru_cache(maxsize=256)
+def _spec_of(schema: str) -> OutputSpec:
+    return output_of(schema=schema)
 
 
 def _ordered(value: Any, schema: object) -> Any:  # noqa: ANN401 - any JSON value

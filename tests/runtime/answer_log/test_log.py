@@ -69,7 +69,8 @@ def test_calls_of_tools_are_read_back(manifest: Manifest, tmp_path: Path) -> Non
     calls = [{"id": "call00001", "function": {"name": "lamp", "arguments": '{"level": 3}'}}]
     result = {**talk[2], "tool_call_id": "call00001"}
     call = ToolCall("lamp", {"level": 4})
-    answer = log.answered(talk, "Sure.", calls=[call], tools=[{"name": "lamp"}], adapter="command")
+    tools = [{"name": "lamp", "parameters": {"properties": {"level": {"type": "integer"}}}}]
+    answer = log.answered(talk, "Sure.", calls=[call], tools=tools, adapter="command")
     log.corrected(answer)
     log.answered("play", "", tools=[], adapter="command")
     entry, plain = read_answer_log(log.path, manifest)
@@ -79,7 +80,7 @@ def test_calls_of_tools_are_read_back(manifest: Manifest, tmp_path: Path) -> Non
         "tool_calls": [{"name": "lamp", "arguments": {"level": 4}}],
     }
     assert entry.messages == tuple(messages_for([talk[0], {**talk[1], "tool_calls": calls}, result], None))
-    assert tool_set(entry.tools) == tool_set([{"name": "lamp"}])
+    assert tool_set(entry.tools) == tool_set(tools)
     assert plain.tools is None
 
 
@@ -111,6 +112,7 @@ def test_what_an_expression_finds_in_calls_is_replaced(manifest: Manifest, tmp_p
         '```json\n{"tool_calls": []}',
         '{"tool_calls": "lamp"}',
         '{"tool_calls": [{"name": "lmap", "arguments": {}}]}',
+        '{"tool_calls": [{"name": "lamp", "arguments": {"level": 3}}]}',
         '<tool_call>\n{"name": "lamp", "arguments": {}}\n</tool_call>',
     ],
 )
@@ -121,9 +123,10 @@ def test_a_correction_that_means_calls_and_has_none_is_refused(
     tools = [{"name": "lamp"}]
     called = log.answered("on", "", calls=[ToolCall("lamp", {})], tools=tools, adapter="command")
     said = log.answered("who", '{"who": "me"}', tools=tools, adapter="command")
-    with pytest.raises(
-        UsageError, match=r"calls no tool; write|no calls of tools; write|did you mean 'lamp'|is the text of a call"
-    ):
+    told = (
+        "calls no tool; write|no calls of tools; write|did you mean 'lamp'|is the text of a call|lamp break its schema"
+    )
+    with pytest.raises(UsageError, match=told):
         log.corrected(called, correction)
     log.corrected(called, "which lamp? [the one in the hall]")
     log.corrected(said, '{"who": "you"}')

@@ -106,7 +106,7 @@ def test_a_correction_that_calls_what_there_is_not_is_refused(tmp_path: Path) ->
     unknown, broken, malformed = str(refused.value).splitlines()
     assert unknown.startswith("answer a0 to 'light 0': the correction ")
     assert unknown.endswith("cannot be an answer: 'lmap' is not one of the tools; did you mean 'lamp'?")
-    assert broken.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
+    assert f"the arguments of lamp break its schema: {call_text('dim')!r}; correct them" in broken
     assert 'has no calls of tools; write calls as {"tool_calls": [{"name": NAME, "arguments": {…}}]}' in malformed
     # That there is nothing to call is said in words.
     plain = [logged(1, [asked("light")], "no idea", tools) for tools in (TOOLS, None)]
