@@ -159,6 +159,8 @@ class AdapterPlan:
             "golden": spec.golden,
             "target_modules": list(modules) if isinstance(modules, tuple) else modules,
             "modules": 0 if self.trained is None else len(self.trained.modules),
+            # Without rows it is an adapter of a bundle, whose manifest has its metric.
+            "metric": None if self.rows is None else self.metric,
             "labels": list(self.labels),
             "output": None if self.output is None else self.output.kind,
             "rows": None if self.rows is None else asdict(self.rows),

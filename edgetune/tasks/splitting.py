@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from edgetune_runtime.errors import UsageError
 
@@ -100,20 +100,22 @@ def _grouped(rows: Sequence[TaskRow], most: int, metric: Metric) -> list[list[in
     """The positions of the rows, together where the plain prompt is the same or they begin the same conversation.
 
     System prompts, which may differ in the date alone, count only among more than `most` rows that are otherwise the
-    same: there they may be what the prompt is about. Rows with the same earlier call are together too, where there are
-    at most so many.
+    same: there they may be what the prompt is about. Rows with the same earlier call are together too, where these are
+    at most a quarter of `most`: a few large groups would say little about the other rows.
     """
     last = [asked(row, metric) for row in rows]
     groups = _alike([*map(without_system, last)], range(len(rows)))
     groups = [part for group in groups for part in ([group] if len(group) <= most else _alike(last, group))]
     joined: dict[int, list[int]] = {place: group for group in groups for place in group}
-    first = dict[str, int]()
+    with_call = defaultdict[str, list[int]](list)
     for place, row in enumerate(rows):
         for call in (answer for answer in row.answers[:-1] if answer.turn is not None):
-            one, other = joined[first.setdefault(plain_prompt(call), place)], joined[place]
-            if one is not other and len(one) + len(other) <= most:
-                one += other
-                joined |= dict.fromkeys(other, one)
+            with_call[plain_prompt(call)].append(place)
+    for places in with_call.values():
+        parts = {id(group): group for group in (joined[place] for place in places)}.values()
+        if len(parts) > 1 and sum(map(len, parts)) <= most // 4:
+            whole = [*chain.from_iterable(parts)]
+            joined |= dict.fromkeys(whole, whole)
     return [*{id(group): group for group in joined.values()}.values()]
 
 

@@ -19,7 +19,7 @@ from edgetune.recipe.data import Columns, DataSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.rows import Rows
-from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.data import TaskRow, rows_of, with_weight
 from edgetune.tasks.estimate import estimated_tokens
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, without_json
 from edgetune.tasks.row_files import DELIMITERS, entries
@@ -166,15 +166,18 @@ class _LenientReader:
         self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
     ) -> list[TaskRow]:
         """The rows that can be used; UsageError if there are none."""
-        rows = self.usable(source, columns, labels=labels)
+        rows = self._read(source, columns, labels)
         if not rows:
             raise UsageError(f"{source} has no rows that can be used", "correct them, or set data.columns")
-        return rows
+        return with_weight(rows)
 
     def usable(
         self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
     ) -> list[TaskRow]:
         """The rows that can be used, if there are any, without those of weight 0."""
+        return [row for row in self._read(source, columns, labels) if row.weight]
+
+    def _read(self, source: str | Rows, columns: Columns | None, labels: Sequence[str] | None) -> list[TaskRow]:
         if self._spec is not None:
             labels = with_scope(self._spec, tuple(labels or ())) or None
         rows: list[TaskRow] = []
@@ -183,7 +186,7 @@ class _LenientReader:
                 rows += rows_of(source, [(where, values)], columns, labels=labels)
             except UsageError as error:
                 self.problems.append((where, error.message.removeprefix(f"{where}: ")))
-        return [row for row in rows if row.weight]
+        return rows
 
     @contextmanager
     def naming_problems(self) -> Iterator[None]:

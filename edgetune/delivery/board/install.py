@@ -26,7 +26,8 @@ def install(folder: Path, prefix: Path, *, unit: service.Unit | None, say: Say, 
     timer.require_account(prefix)
     if unit is not None:
         unit.require_own(prefix)
-        unit.require_port(service.installed(prefix, say))
+        # One that is damaged is replaced.
+        unit.require_port(service.installed(prefix, lambda _: None))
     with installing(prefix):
         # Before anything is received.
         versions.require_free(prefix)

@@ -131,7 +131,7 @@ def _unit(options: argparse.Namespace, kit: Kit, name: str, prefix: Path) -> ser
         if options.host is not None or options.port is not None:
             raise UsageError("--host and --port are those of a unit", "add --service")
         return None
-    before = service.installed(prefix, _say)
+    before = service.installed(prefix, lambda _: None)
     host, port = service.LOOPBACK, kit.service["port"]
     if before is not None and before.name == name:
         host, port = before.host, before.port

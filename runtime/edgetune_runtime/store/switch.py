@@ -22,7 +22,9 @@ def activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
     VerificationError if the version, or its unit, does not answer as built: the previous version still runs then.
     """
     timer.require_account(prefix)
-    before, old_unit = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
+    # One with damaged settings is replaced by a unit that is given.
+    warn = say if unit is None else lambda _: None
+    before, old_unit = versions.linked(prefix, versions.CURRENT), service.installed(prefix, warn)
     unit = unit or old_unit
     changed = before != kit.version or (unit is not None and unit.started_with(kit) != old_unit)
     if changed and unit is not None:

@@ -248,7 +248,7 @@ def test_states_are_shipped_for_all_adapters_again(tiny_gguf: Callable[[str], Pa
 
 
 def test_an_adapter_joins_those_that_were_trained_elsewhere(
-    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = home.with_name("home.work") / "train" / "plain" / "adapter", tmp_path / "exported"
     export_trained(str(tiny_gguf("llama")), {"theirs": folder}, out, progress=QUIET)
@@ -257,7 +257,11 @@ def test_an_adapter_joins_those_that_were_trained_elsewhere(
     recipe = make_recipe(tmp_path / "more", tiny_gguf("llama"), {"blinds": adapter}, data=data, threads=None)
     plan = ["plan", str(tmp_path / "more" / NAME)]
     # Only the bundle has the adapter that answers in place of unsure answers.
-    assert [main(plan), main([*plan, "--into", str(out)])] == [2, 0]
+    assert main(plan) == 2
+    capsys.readouterr()
+    assert main([*plan, "--into", str(out), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["adapters"]
+    assert {name: each["metric"] for name, each in planned.items()} == {"theirs": None, "blinds": "exact"}
     build(recipe, out, progress=QUIET, into=True)
     manifest = read_manifest(out)
     verify_files(out, manifest)

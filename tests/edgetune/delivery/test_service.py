@@ -399,8 +399,10 @@ def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
     assert len(told) == 1 and f"{settings} is damaged" in told[0]
     assert (ask(prefix), served(port)) == ("two", "one")
     assert run("rollback", "--prefix", prefix) == 0
+    settings.write_text("[]")
+    capfd.readouterr()
     assert run("install", make("two"), "--prefix", prefix, *unit) == 0
-    assert served(port) == "two"
+    assert served(port) == "two" and "damaged" not in capfd.readouterr().err
     settings.write_text("[]")
     assert run("list", "--prefix", prefix) == 0
     capfd.readouterr()

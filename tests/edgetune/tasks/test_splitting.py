@@ -103,16 +103,24 @@ def test_rows_per_turn_of_calls_and_results_are_of_one_conversation() -> None:
 
 
 def test_conversations_with_the_same_first_call_are_in_one_fold_where_they_are_few() -> None:
-    rows = thermometers(40, 20)
+    rows = thermometers(160, 80)
     for row in rows:
         # The result of the first call is in the prompt of the last one.
         row["messages"][3:3] = row["messages"][1:3]
     read = read_rows(Rows.of("x", rows))
     for fold in folds_of(read, 4, 0, "json"):
         others = [row for row in read if row not in fold]
-        assert len(fold) == 10 and not {r.turns[0]["content"].lower() for r in fold} & {
+        assert len(fold) == 40 and not {r.turns[0]["content"].lower() for r in fold} & {
             r.turns[0]["content"].lower() for r in others
         }
+    # Where many rows have a call, all of them together would be all that a score is about.
+    many = read_rows(
+        Rows.of(
+            "x",
+            [{**row, "messages": [*rows[n % 10]["messages"][:2], *row["messages"][2:]]} for n, row in enumerate(rows)],
+        )
+    )
+    assert len({row.turns[0]["content"] for row in split(many, 0.1, 0, "json")[1]}) > 5
     same = read_rows(Rows.of("x", thermometers(3, 1)))
     with pytest.raises(UsageError, match="3 rows with the same prompt cannot be split"):
         split(same, 0.2, 0, "json")
