@@ -89,7 +89,7 @@ class Lesson:
 
     @cached_property
     def _form(self) -> RowForm:
-        return RowForm.of(self.task.spec.data)
+        return RowForm.of(self.task.spec.data, self._rows)
 
     @cached_property
     def _questions(self) -> Questions:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgetune.recipe.data import Columns, DataSpec
-from edgetune.tasks.data import standard_columns
+from edgetune.tasks.data import TaskRow, standard_columns
 from edgetune.tasks.row_files import entries
 
 
@@ -19,9 +20,10 @@ class RowForm:
     has_values: bool
 
     @classmethod
-    def of(cls, data: DataSpec) -> RowForm:
-        """The form of the first training row; its columns are those that the recipe names, if it does."""
-        _, first = next(entries(data.train))
+    def of(cls, data: DataSpec, rows: Sequence[TaskRow]) -> RowForm:
+        """The form of the first of these training rows; its columns are those that the recipe names, if it does."""
+        places = {row.where for row in rows}
+        first = next(values for where, values in entries(data.train) if where in places)
         columns = standard_columns(first) if data.columns is None else data.columns
         assert columns is not None
         completion = columns.completion

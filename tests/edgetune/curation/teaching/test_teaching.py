@@ -344,6 +344,13 @@ TURNS = [
 ]
 FORMS = [
     ([{"text": f"say {n}", "label": "ab"[n % 2]} for n in range(12)], {}, "a", {"text": "new", "label": "a"}),
+    # What is not learned has no form that matters.
+    (
+        [{"text": "note", "weight": 0}, *({"text": f"say {n}", "label": "ab"[n % 2]} for n in range(12))],
+        {},
+        "a",
+        {"text": "new", "label": "a"},
+    ),
     (
         [{"q": f"say {n}", "a": f"word {n}"} for n in range(12)],
         {"columns": {"prompt": "q", "completion": "a"}},
@@ -396,7 +403,7 @@ def test_new_rows_have_the_form_of_the_training_rows(
         file.write(out.read_text())
     after = read_task("home", Recipe.from_file(Path(recipe)))
     assert (after.metric, after.labels) == (before.metric, before.labels)
-    assert len(after.train) + len(after.validation) == len(rows) + 3
+    assert len(after.train) + len(after.validation) == len([row for row in rows if row.get("weight") != 0]) + 3
 
 
 def test_test_rows_beside_the_training_rows_are_not_made_and_not_written_to(
