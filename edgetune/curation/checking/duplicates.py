@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -36,13 +37,12 @@ _MOST_CHARACTERS = 2000
 def duplicates(rows: Sequence[SplitRow], metric: Metric, *, has_one_answer: bool) -> Iterator[Finding]:
     """The problems with prompts of these rows; `has_one_answer`: a prompt has only one right answer."""
     groups = _grouped(rows, prompt_key)
-    earlier = _grouped(_learned_earlier(rows, metric), prompt_key)
+    earlier = _grouped(chain(_learned_earlier(rows, metric), _scored_earlier(rows, metric)), prompt_key)
     for key, same in groups.items():
-        yield from _of_one_prompt(same, earlier.get(key, ()), has_one_answer=has_one_answer)
-    for key, same in _grouped(_scored_earlier(rows, metric), prompt_key).items():
-        others = [*earlier.get(key, ()), *groups.get(key, ())]
-        if len({item.split for item in (*others, *same)}) > 1:
-            yield Finding.of(SHARED, [*others, *same])
+        yield from _of_one_prompt(same, earlier.pop(key, ()), has_one_answer=has_one_answer)
+    for turns in earlier.values():
+        if len({item.split for item in turns}) > 1:
+            yield Finding.of(SHARED, turns)
     firsts = [group[0] for group in groups.values()]
     # With one right answer, another value in the prompt makes another answer, so only those with the same are alike.
     # What comes before the last turn is often the same in all rows, or longer than the turn.
@@ -209,7 +209,7 @@ def _grouped(rows: Iterable[SplitRow], key: Callable[[SplitRow], Key]) -> dict[K
 def _of_one_prompt(
     same: Sequence[SplitRow], earlier: Sequence[SplitRow] = (), *, has_one_answer: bool
 ) -> Iterator[Finding]:
-    """The problems of rows with a prompt, which is also that of `earlier` turns of training conversations."""
+    """The problems of rows with a prompt, which is also that of `earlier` turns of conversations."""
     by_answer = _grouped(same, _answer_of)
     if len(by_answer) > 1 and has_one_answer:
         yield Finding.of(CONFLICT, same, f"{len(by_answer)} different answers")

@@ -48,6 +48,10 @@ def test_a_call_of_a_conversation_for_a_test_may_be_learned_with_another_result(
         (SHARED, shared),
         (SHARED, tuple(at.replace("0", "1") for at in shared)),
     ]
+    # A prompt is named once, whether it is that of a whole row too or not.
+    (call,) = rows(TEST, {**thermometers(1, 1)[0], "messages": thermometers(1, 1)[0]["messages"][:2]})
+    call = replace(call, row=replace(call.row, where="call"))
+    assert sum(each[0] == SHARED for each in found(*items, call, metric="json")) == 2
     # A build scores of its own rows for validation what it has not learned, such as the text after the result.
     held_out = [replace(item, split=VALIDATION) if item.split == TEST else item for item in items]
     assert not [each for each in found(*held_out) if each[0] == SHARED]
