@@ -147,8 +147,8 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
     if not pairs:
         message = "no row fits in the context of both bundles"
         raise UsageError(message, "use shorter rows, or a larger context_length")
-    sides = zip(*pairs, strict=True)
-    olds, news = (per_conversation((row.conversation, _point(row)) for row in side) for side in sides)
+    # Rows that do not fit in one of the bundles may join others of the other one.
+    olds, news = (per_conversation((pair[0].conversation, _point(pair[side])) for pair in pairs) for side in (0, 1))
     differences = [new - old for old, new in zip(olds, news, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     answers = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from edgetune_runtime.errors import UsageError
 from trainings import Listening
@@ -92,3 +94,10 @@ def test_validation_rows_that_no_metric_scores_are_left_out_beside_other_rows() 
     assert listening.lines == ["warning: home: no validation row can be scored, so only the test rows are compared"]
     with pytest.raises(UsageError, match="adapter 'home' has no validation row that can be scored; add some with"):
         sets_of("home", (), "test", (), listening)
+
+
+def test_conversations_are_those_of_the_bundle_before() -> None:
+    before, after = talk_set(1, 1), talk_set(0, 0)
+    apart = ScoredSet([replace(row, conversation=row.where) for row in after.details], 0, 1.0)
+    change = change_between(before, apart)
+    assert (change.conversations, change.before, change.after) == (1, 1, 0)
