@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import chain, pairwise
 
@@ -55,8 +55,12 @@ def halves(rows: Sequence[TaskRow], seed: int, metric: Metric) -> tuple[list[Tas
     random.Random(seed).shuffle(groups)
     groups.sort(key=lambda group: (-len(group), rows[group[0]].completion or ""))
     parts: tuple[list[int], list[int]] = ([], [])
+    counts = Counter[tuple[int, str | None]]()
     for group in groups:
-        min(parts, key=len).extend(group)
+        answer = rows[group[0]].completion
+        half = min((0, 1), key=lambda half: (counts[half, answer], len(parts[half])))
+        parts[half].extend(group)
+        counts[half, answer] += len(group)
     one, other = ([rows[place] for place in sorted(part)] for part in parts)
     return one, other
 

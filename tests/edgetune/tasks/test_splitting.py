@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from edgetune_runtime.errors import UsageError
@@ -124,6 +126,15 @@ def test_conversations_with_the_same_first_call_are_in_one_fold_where_they_are_f
     same = read_rows(Rows.of("x", thermometers(3, 1)))
     with pytest.raises(UsageError, match="3 rows with the same prompt cannot be split"):
         split(same, 0.2, 0, "json")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_answer_is_in_both_halves_where_prompts_repeat(seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [row(f"ask {rng.randrange(140)}", where=str(n)) for n in range(200)]
+    rows = [replace(each, completion=f"label {int(each.prompt.split()[1]) % 10}") for each in rows]
+    one, other = (Counter(each.completion for each in half) for half in halves(rows, seed, "label"))
+    assert all(abs(one[label] - other[label]) <= 3 for label in one | other)
 
 
 def test_rows_that_all_begin_with_one_are_halved_all_the_same() -> None:
