@@ -93,7 +93,12 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
                 read = reader.usable if split == TEST and beside is not None else reader
                 with reader.naming_problems():
                     rows += [SplitRow(split, row) for row in read(source, data.columns, labels=task.labels or None)]
-    tokens, refused, is_estimated = _lengths(task, recipe, rows)
+    base, context_length = None, recipe.context_length
+    with suppress(EdgetuneError):  # a base that is missing or does not fit is a problem of the build
+        base = bases.find(recipe)
+    if base is not None and "context_length" not in recipe.model_fields_set:
+        context_length = min(context_length, base.trained_context_length)
+    tokens, refused, is_estimated = _lengths(task, base, rows)
     answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
     kinds = answers.balance(answered, task.metric)
     has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG or (
@@ -104,7 +109,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         *refused,
         *_rows_as_headers(data, task.train),
         *answers.misfits(task, answered),
-        *_too_long(rows, tokens, recipe.context_length),
+        *_too_long(rows, tokens, context_length),
         *duplicates(rows, task.metric, has_one_answer=has_one_answer),
         *(conflicts_in_conversations(rows, answered) if has_one_answer else ()),
         *answers.rare(kinds, made=None if spec.out_of_scope is None else spec.out_of_scope.label),
@@ -112,7 +117,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     check = TaskCheck(
         name,
         task.metric,
-        recipe.context_length,
+        context_length,
         {split: str(source) for split, source in sources.items()},
         {split: sum(item.split == split for item in rows) for split in SPLITS},
         findings,
@@ -225,14 +230,14 @@ def test_rows_beside(data: DataSpec, labels: Sequence[str]) -> list[TaskRow]:
     return [] if file is None else _LenientReader().usable(file, data.columns, labels=labels or None)
 
 
-def _lengths(task: Task, recipe: Recipe, rows: Sequence[SplitRow]) -> tuple[list[int], list[Finding], bool]:
+def _lengths(
+    task: Task, base: bases.BaseSource | None, rows: Sequence[SplitRow]
+) -> tuple[list[int], list[Finding], bool]:
     """The tokens of each row, those that the base's chat template rejects, and whether all tokens are estimated.
 
     They are if the base's file is not at hand. Of rows that are rejected they always are.
     """
-    system, base = task.spec.system, None
-    with suppress(EdgetuneError):  # a base that is missing or does not fit is a problem of the build
-        base = bases.find(recipe)
+    system = task.spec.system
     if base is None or base.is_folder:
         return [estimated_tokens(item.row, system) for item in rows], [], True
     tokens, refused = list[int](), list[Finding]()

@@ -23,7 +23,7 @@ from edgetune.common.progress import Progress, Step
 from edgetune.curation.checking import folds, judging
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
-from edgetune.curation.checking.findings import Finding, JudgedRow, LabelEstimate, TaskCheck
+from edgetune.curation.checking.findings import TOO_LONG, Finding, JudgedRow, LabelEstimate, TaskCheck
 from edgetune.curation.checking.judging import judge
 from edgetune.curation.checking.page import length_bars
 from edgetune.curation.checking.reading import Reader
@@ -733,3 +733,13 @@ def test_rows_that_the_time_leaves_are_not_judged(
 
 def examples_of(tokenizer: GgufTokenizer) -> list[Example]:
     return tokenize_rows(ROWS, tokenizer, system="Be brief.", loss_on="completion", max_tokens=512)[0]
+
+
+def test_rows_are_too_long_for_what_the_base_was_trained_for(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    data = {"rows.jsonl": [*ORDERS, {**ORDERS[0], "prompt": "lamp " * 600}]}
+    options: tuple[tuple[dict[str, Any], int], ...] = (({}, 512), ({"context_length": 256}, 256))
+    for option, longest in options:
+        recipe = write_recipe(tmp_path, tiny_gguf("llama"), data=data, **option)
+        (found,) = check(Recipe.from_file(recipe), progress=QUIET)
+        (long,) = [each for each in found.findings if each.kind == TOO_LONG]
+        assert found.context_length == longest and long.note.endswith(f"and the context has {longest}")
