@@ -24,8 +24,8 @@ _EMOJI_STYLE = "\ufe0e\ufe0f"
 """What says whether an emoji is in color."""
 
 
-# Roles, calls and tools are the same in most rows.
-@lru_cache(maxsize=64)
+# Roles, calls and tools are the same in most rows, and turns in the beginnings of a conversation.
+@lru_cache(maxsize=4096)
 def plain(text: str) -> str:
     """A text without case, with single spaces, and without punctuation at the ends of words.
 
