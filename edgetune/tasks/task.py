@@ -11,9 +11,10 @@ from pathlib import Path
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.inference.routing.router import last_user_text
+from edgetune_runtime.wording import suggestion
 
 from edgetune.objectives.example import Example
-from edgetune.recipe.data import NegativesSpec
+from edgetune.recipe.data import DataSpec, NegativesSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Metric
 from edgetune.recipe.rows import Rows
@@ -35,7 +36,7 @@ from .metrics import (
 )
 from .negatives import foreign_texts, given, is_made, negative_rows
 from .plain_prompts import answered_prompts, plain_prompt
-from .row_files import read_text
+from .row_files import entries, read_text
 from .splitting import halves, split
 from .tokenization import tokenize_rows
 
@@ -125,6 +126,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     training = recipe.training.under(spec.training)
     labels = with_scope(spec, spec.labels or ())
     train = read(spec.data.train, spec.data.columns, labels=labels or None)
+    _check_weight_column(spec.data)
     metric = recipe.task_type.metric or metric_for(spec.metric, train, labels)
     doubts = _doubts(spec, train, metric)
     if metric == "label":
@@ -147,6 +149,17 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     if spec.out_of_scope is not None:
         task = _with_negatives(task, recipe)
     return _with_confidence(task)
+
+
+def _check_weight_column(data: DataSpec) -> None:
+    """UsageError if the recipe names a column of weights that no training row has."""
+    if data.columns is None or "weight" not in data.columns.model_fields_set:
+        return
+    names = {name: None for _, values in entries(data.train) if isinstance(values, dict) for name in values}
+    if (column := data.columns.weight) not in names:
+        raise UsageError(
+            f"no row of {data.train} has {column!r}", f"correct columns.weight; {suggestion(column, [*names])}"
+        )
 
 
 def _doubts(spec: AdapterSpec, rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:

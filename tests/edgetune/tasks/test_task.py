@@ -49,6 +49,14 @@ def test_rows_of_weight_0_are_not_measured_and_name_no_label(tmp_path: Path) -> 
     assert len(read_rows(str(tmp_path / "rows.jsonl"), labels=["off", "on"])) == 60
 
 
+def test_a_column_of_weights_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    columns = {"prompt": "prompt", "completion": "completion", "weight": "Wieght"}
+    adapters = {"command": {"data": {"train": "rows.jsonl", "columns": columns}}}
+    data = {"rows.jsonl": [{**row, "Weight": 1} for row in lights(10)]}
+    with pytest.raises(UsageError, match=r"no row of .*rows\.jsonl has 'Wieght'; correct .*; did you mean 'Weight'\?"):
+        read_task("command", make_recipe(tmp_path, "base.gguf", adapters, data=data))
+
+
 def test_calls_that_were_learned_give_no_confidence_and_are_doubted(tmp_path: Path) -> None:
     def read(**sources: str) -> Task:
         adapters = {"heat": {"data": {"train": "rows.jsonl", **sources}, "metric": "json"}}
